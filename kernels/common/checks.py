@@ -1,0 +1,43 @@
+"""Argument checks shared by every op: the message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(name: str, value: object, *, device: torch.device | None = None) -> None:
+    """Raises TypeError unless ``value`` is a dense tensor, ValueError unless it is on ``device``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name}: got a nested or sparse tensor, expected a dense one; pad it and pass a key mask")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}, where query is")
+
+
+def check_floating(name: str, value: Tensor, expected: torch.dtype | None = None) -> None:
+    """Raises TypeError unless the dtype is a supported floating one, and ``expected`` if that is given."""
+    if value.dtype not in FLOATING or (expected is not None and value.dtype != expected):
+        wanted = "one of " + ", ".join(map(dtype_name, FLOATING)) if expected is None else dtype_name(expected)
+        raise TypeError(f"{name}: got {dtype_name(value.dtype)}, expected {wanted}")
+
+
+def check_shape(name: str, value: Tensor, expected: Sequence[int], names: str) -> None:
+    """Raises ValueError unless ``value`` broadcasts to ``expected`` (same rank, each size equal or 1)."""
+    fits = value.dim() == len(expected)
+    if not fits or any(size != 1 and size != want for size, want in zip(value.shape, expected, strict=True)):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {names} = {tuple(expected)}")
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value}, expected a probability in [0, 1]")

@@ -1,0 +1,17 @@
+"""Drop-in for ``torch.nn.functional``: fused where fusedformer has a kernel, torch's own for every other name."""
+
+from typing import Any
+
+from torch.nn import functional as _torch_functional
+
+from fusedformer.kernels.attention.api import attention, attention_weights, scaled_dot_product_attention
+
+__all__ = ["attention", "attention_weights", "scaled_dot_product_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_torch_functional, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *dir(_torch_functional)})
