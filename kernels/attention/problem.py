@@ -183,7 +183,7 @@ def _merge_masks(
     if per_key.dtype == torch.bool:
         per_key, key_mask = key_mask, per_key
     if key_mask.dtype != torch.bool:
-        return None, per_key + key_mask
+        return None, per_key.to(torch.promote_types(per_key.dtype, torch.float32)) + key_mask  # no rounding to half between
     if per_key.dtype == torch.bool:
         return None, per_key & key_mask
     return None, per_key.masked_fill(~key_mask, float("-inf"))

@@ -1,0 +1,60 @@
+"""Which tile a kernel runs with: a pure function of the problem's shape class and the architecture.
+
+The numbers are data, ``tuned/<architecture>.json``; an architecture without a table uses ``default.json``, whose tiles fit the
+smallest shared memory of the GPUs Triton supports (99 KiB) and need nothing newer than plain pointer loads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+MIN_BLOCK = 16  # the smallest side of a tensor-core product
+_TABLES = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is cut and launched."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # load key and value through tensor descriptors where the problem allows
+
+
+@dataclass(frozen=True)
+class _Row:
+    kernel: str
+    bits: int
+    up_to_head_dim: int
+    tile: Tile
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that a head dim is padded to inside a kernel."""
+    return max(MIN_BLOCK, 1 << (head_dim - 1).bit_length())
+
+
+@cache
+def _table(architecture: str) -> tuple[_Row, ...]:
+    path = _TABLES / f"{architecture}.json"
+    rows = json.loads((path if path.exists() else _TABLES / "default.json").read_text())
+    return tuple(_Row(row["kernel"], row["bits"], row["up_to_head_dim"], Tile(**row["tile"])) for row in rows)
+
+
+def is_tuned(architecture: str) -> bool:
+    """Whether the architecture has a table of its own."""
+    return (_TABLES / f"{architecture}.json").exists()
+
+
+def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architecture: str) -> Tile:
+    """The tile of ``kernel`` ("forward", "backward_dq", ...) for these head dims and elements of ``bits`` bits."""
+    widest = padded_head_dim(max(head_dim, value_dim))
+    for row in _table(architecture):
+        if row.kernel == kernel and row.bits == bits and widest <= row.up_to_head_dim:
+            return row.tile
+    raise ValueError(f"no tile for {kernel}, {bits} bits, head dim {widest} on {architecture}")
