@@ -156,8 +156,8 @@ def _laid_out(x: Tensor, layout: str, shared: bool = False) -> Tensor:
         return x.mT.contiguous().mT
     if layout == "shared heads":
         return x[:, :1].expand_as(x) if shared else x
-    if layout == "shared slots":
-        return x[:, :, :1].expand_as(x) if shared else x
+    if layout == "shared batch":
+        return x[:1].expand_as(x) if shared else x
     assert layout == "contiguous", layout
     buffer = x.new_full((x.numel() + 2 * GUARD,), float("nan"))
     return buffer[GUARD : GUARD + x.numel()].view_as(x).copy_(x)
@@ -166,7 +166,7 @@ def _laid_out(x: Tensor, layout: str, shared: bool = False) -> Tensor:
 CASES = (
     # sizes
     Case("plain"),
-    Case("single_everything", len_q=1, head_dim=1),
+    Case("tiny", heads=8, len_q=1, len_k=3, head_dim=1),
     Case("one_query", len_q=1, len_k=65, head_dim=40),
     Case("one_key", heads=8, len_k=1, head_dim=5, sinks=True),
     Case("cross", len_k=63, head_dim=72, value_dim=32),
@@ -225,7 +225,7 @@ CASES = (
     Case("layout", layout="packed", key_mask="bool"),
     Case("layout", layout="last stride"),
     Case("layout shared heads", layout="shared heads"),
-    Case("layout shared slots", layout="shared slots", len_k=33, mask="float LS"),
+    Case("layout shared batch", layout="shared batch", len_k=33, mask="float LS"),
     # mixtures
     Case(
         "decoder", heads=4, heads_kv=2, len_q=33, is_causal=True, key_mask="bool", mask="float 1HLS", dropout_p=0.2,

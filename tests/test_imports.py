@@ -13,11 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = {"fusedformer": "src/fusedformer", "fusedformer.kernels": "kernels", "fusedformer.transformer": "transformer"}
 COMMON = "fusedformer.kernels.common"
-RUN_TIME_DEPENDENCIES = {"torch", "triton"}
 OPTIONAL = {"fusedformer.transformer.huggingface": {"transformers"}}
 
-# Inside an op's folder: what a module of this name never imports from there. "triton" stands for every module that
-# imports Triton, the other names for files. Modules not named here are shared by all of them and import none of them.
+# Inside an op's folder: what a module of this name never imports from there. "triton" stands for triton_*, the
+# other names for files. Modules not named here are shared by all of them and import none of them.
 IMPLEMENTATIONS = {"reference", "torch_sdpa", "triton"}
 NEVER = {
     "api": {"triton"},
@@ -76,13 +75,9 @@ def top(module: str) -> str:
     return module.split(".")[0]
 
 
-def imports_triton(module: str) -> bool:
-    return module in MODULES and any(top(i.module) == "triton" and i.eager for i in imports_in(module))
-
-
 def role(module: str) -> str:
     name = module.rpartition(".")[2]
-    if imports_triton(module):
+    if name.startswith("triton_") and name != "triton_support":  # that one says what the kernels take, without Triton
         return "triton"
     return name if name in NEVER else "shared"
 
@@ -96,10 +91,12 @@ def op_of(module: str) -> str | None:
 
 def violation(importer: str, imported: str) -> str | None:
     """Why one module of the library must not import another module; None when it may."""
+    if top(imported) == "triton":
+        return None if role(importer) == "triton" else "Triton is imported by triton_* alone"
     if top(imported) != "fusedformer":
         if top(imported) in sys.stdlib_module_names:
             return None
-        allowed = RUN_TIME_DEPENDENCIES | OPTIONAL.get(importer, set())
+        allowed = {"torch"} | OPTIONAL.get(importer, set())
         return None if top(imported) in allowed else "not a dependency of the library"
     if imported.startswith(f"{COMMON}."):
         return None
@@ -146,7 +143,7 @@ def test_the_folders_at_the_top_are_no_packages() -> None:
     assert not (ROOT / "transformer" / "__init__.py").exists()
     for folder in (*LIBRARY.values(), "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            names = {top(i.module) for i in imports_of(ast.parse(path.read_text()), "")}
+            names = {top(i.module) for i in imports_of(ast.parse(path.read_text()), "relative.to.any.package")}
             assert names.isdisjoint({"kernels", "transformer"}), path
 
 
@@ -158,9 +155,12 @@ ATTENTION = "fusedformer.kernels.attention"
     [
         (f"{COMMON}.philox", f"{ATTENTION}.api"),
         (f"{COMMON}.philox", "numpy"),
+        (f"{COMMON}.philox", "triton.language"),
         (f"{ATTENTION}.reference", f"{ATTENTION}.op"),
         (f"{ATTENTION}.reference", f"{ATTENTION}.torch_sdpa"),
         (f"{ATTENTION}.op", f"{ATTENTION}.api"),
+        (f"{ATTENTION}.api", f"{ATTENTION}.triton_forward"),
+        (f"{ATTENTION}.triton_forward", f"{ATTENTION}.reference"),
         (f"{ATTENTION}.masks", f"{ATTENTION}.reference"),
         (f"{ATTENTION}.api", "fusedformer.kernels.norm.api"),
         (f"{ATTENTION}.api", "fusedformer.transformer.attention"),

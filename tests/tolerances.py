@@ -6,7 +6,8 @@
 dtype; ``band`` is one rounding of the output dtype at the truth's magnitude. It must hold in two norms over the tensor: the
 largest element (no element is far off) and the root mean square (most are not slightly off), each with the truth's magnitude
 in that norm. Per element it could not be sound: eager hits single elements exactly by luck. So it may a whole tensor, where
-one row's cancellation makes up the error; so eager may be computed with its sums in several orders, and the worst counts.
+one row's cancellation makes up the error; so eager may be computed several times, its sums in other orders, and the worst
+counts.
 """
 
 from __future__ import annotations

@@ -10,27 +10,21 @@ A program keeps one block of queries and walks over the keys. The softmax is onl
 and at the end O / l is the output and m + log l the log-sum-exp. Nothing of size L x S exists outside the tile.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common import philox
 from ..common.triton_philox import keep_tile
-from .config import Tile
-from .problem import AttentionProblem
-from .triton_arguments import problem_arguments, strides
 from .triton_scores import (
     MINUS_INF,
     any_visible,
     exponential,
-    key_bounds,
     load_bias,
     load_key_mask,
     load_rows,
     score_tile,
     store_rows,
+    visible_keys,
 )
 
 STREAM_ATTENTION = tl.constexpr(philox.STREAM_ATTENTION)
@@ -207,28 +201,9 @@ def attention_forward_kernel(
         k = (k_base, k_strides[2])
         v = (v_base, v_strides[2])
 
-    # Keys [low, high) are visited; in [full_low, full_high) no query of the block is near an edge of the band.
-    first_position = start_m + position_offset
-    last_position = tl.minimum(start_m + BLOCK_M, len_q) - 1 + position_offset
-    low = len_k * 0
-    high = len_k
-    full_high = len_k
-    if HAS_RIGHT:
-        high = tl.maximum(tl.minimum(high, last_position + window_right + 1), 0)
-        full_high = tl.maximum(tl.minimum(full_high, first_position + window_right + 1), 0)
-    if HAS_LEFT:
-        low = tl.maximum(first_position - window_left, 0)
-    if key_mask is not None:
-        first_used, end_used = key_bounds(key_mask, len_k, KEY_MASK_IS_BOOL, 1024)
-        low = tl.maximum(low, first_used)
-        high = tl.minimum(high, end_used)
-        full_high = tl.minimum(full_high, end_used)
-    low = low // BLOCK_N * BLOCK_N
-    full_low = low
-    if HAS_LEFT:
-        full_low = tl.maximum(low, tl.cdiv(tl.maximum(last_position - window_left, 0), BLOCK_N) * BLOCK_N)
-    full_high = full_high // BLOCK_N * BLOCK_N
-
+    low, full_low, full_high, high = visible_keys(
+        start_m, len_q, len_k, band, key_mask, HAS_LEFT, HAS_RIGHT, KEY_MASK_IS_BOOL, BLOCK_M, BLOCK_N
+    )
     q = load_rows(q_base, start_m, q_strides[2], len_q, BLOCK_M, HEAD_DIM, BLOCK_E)
     acc = tl.zeros((BLOCK_M, BLOCK_EV), tl.float32)
     row_max = tl.full((BLOCK_M,), MINUS_INF, tl.float32)
@@ -295,17 +270,3 @@ def attention_forward_kernel(
     rows = start_m + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + matrix.to(tl.int64) * len_q + rows, lse, mask=rows < len_q)
 
-
-def arguments(problem: AttentionProblem, out: Tensor, lse: Tensor, tile: Tile) -> dict[str, Any]:
-    """Every argument of the kernel by name; the ahead-of-time lane compiles from the same."""
-    return {
-        "out_ptr": out,
-        "lse_ptr": lse,
-        "out_strides": strides(out),
-        **problem_arguments(problem, tile),
-    }
-
-
-def grid(problem: AttentionProblem, tile: Tile) -> tuple[int]:
-    batch, heads, len_q, _ = problem.query.shape
-    return (triton.cdiv(len_q, tile.block_m) * batch * heads,)

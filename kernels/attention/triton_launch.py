@@ -1,8 +1,12 @@
-"""Launches the attention kernels: what ``op.py`` runs for ``backend="triton"``."""
+"""Launches of the attention kernels: what ``op.py`` runs for ``backend="triton"``.
+
+A :class:`Launch` holds a kernel with every argument by name, so that the ahead-of-time lane compiles exactly what runs.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,42 +15,173 @@ from torch import Tensor
 
 from ..common.device import architecture
 from ..common.library import empty_in_order_of
-from . import triton_backward, triton_forward, triton_weights
 from .config import Tile, pick_config
 from .op import gradient_like
 from .problem import AttentionProblem
+from .triton_arguments import broadcast_strides, problem_arguments, strides
+from .triton_backward import (
+    attention_backward_delta_kernel,
+    attention_backward_dkdv_kernel,
+    attention_backward_dq_kernel,
+)
+from .triton_bias_gradient import attention_backward_bias_kernel
+from .triton_forward import attention_forward_kernel
+from .triton_weights import attention_weights_kernel
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, its grid and its arguments."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    tile: Tile
+
+    def run(self, device: torch.device) -> None:
+        """Launches on ``device``'s current stream."""
+        if self.programs == 0:
+            return
+        guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with guard:
+            if self.arguments.get("USE_TMA"):
+                # Descriptors made on the device live in scratch memory that Triton asks the framework for.
+                triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+            self.kernel[(self.programs,)](
+                **self.arguments, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
+            )
+
+
+def forward_launch(problem: AttentionProblem, out: Tensor, lse: Tensor, arch: str) -> Launch:
+    p = problem
+    batch, heads, len_q, _ = p.query.shape
+    own = {"out_ptr": out, "lse_ptr": lse, "out_strides": strides(out)}
+    tile = _tile("forward", p, arch)
+    return _launch(attention_forward_kernel, batch * heads * triton.cdiv(len_q, tile.block_m), p, tile, own)
+
+
+def backward_launches(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grads: tuple[Tensor | None, ...],
+    arch: str,
+) -> list[Launch]:
+    """The launches that fill ``delta`` and those of ``grads`` (query, key, value, attn_mask, key_mask) that are not None."""
+    p = problem
+    grad_query, grad_key, grad_value, grad_mask, grad_key_mask = grads
+    batch, heads, len_q, _ = p.query.shape
+    heads_kv, len_k = p.key.size(1), p.key.size(2)
+    shared = {"grad_out_ptr": grad_out, "grad_out_strides": strides(grad_out), "lse_ptr": lse, "delta_ptr": delta}
+    tile = _tile("backward_delta", p, arch)
+    own: dict[str, Any] = {**shared, "out_ptr": out, "out_strides": strides(out), "grad_lse_ptr": grad_lse}
+    launches = [
+        _launch(attention_backward_delta_kernel, batch * heads * triton.cdiv(len_q, tile.block_m), p, tile, own)
+    ]
+    if grad_key is not None and grad_value is not None:
+        tile = _tile("backward_dkdv", p, arch)
+        own = {
+            **shared,
+            "grad_k_ptr": grad_key,
+            "grad_v_ptr": grad_value,
+            "grad_key_mask_ptr": grad_key_mask,
+            "grad_k_strides": strides(grad_key),
+            "grad_v_strides": strides(grad_value),
+        }
+        programs = batch * heads_kv * triton.cdiv(len_k, tile.block_n)
+        launches.append(_launch(attention_backward_dkdv_kernel, programs, p, tile, own))
+    if grad_query is not None:
+        tile = _tile("backward_dq", p, arch)
+        own = {**shared, "grad_q_ptr": grad_query, "grad_q_strides": strides(grad_query)}
+        programs = batch * heads * triton.cdiv(len_q, tile.block_m)
+        launches.append(_launch(attention_backward_dq_kernel, programs, p, tile, own))
+    if grad_mask is not None:
+        tile = _tile("backward_bias", p, arch)
+        bias_batch, bias_heads, _, bias_keys = grad_mask.shape
+        per_query = bias_keys == 1
+        own = {
+            **shared,
+            "grad_bias_ptr": grad_mask,
+            "grad_bias_strides": broadcast_strides(grad_mask),
+            "bias_heads": bias_heads,
+            "sum_batch": batch if bias_batch == 1 else 1,
+            "sum_heads": heads if bias_heads == 1 else 1,
+            "PER_QUERY": per_query,
+        }
+        blocks = triton.cdiv(len_q, tile.block_m) * (1 if per_query else triton.cdiv(len_k, tile.block_n))
+        launches.append(_launch(attention_backward_bias_kernel, bias_batch * bias_heads * blocks, p, tile, own))
+    return launches
+
+
+def weights_launch(problem: AttentionProblem, lse: Tensor, weights: Tensor, average_heads: bool, arch: str) -> Launch:
+    p = problem
+    batch, heads, len_q, _ = p.query.shape
+    tile = _tile("weights", p, arch)
+    blocks = triton.cdiv(len_q, tile.block_m) * triton.cdiv(p.key.size(2), tile.block_n)
+    own = {"lse_ptr": lse, "weights_ptr": weights, "AVERAGE_HEADS": average_heads}
+    return _launch(attention_weights_kernel, batch * (1 if average_heads else heads) * blocks, p, tile, own)
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, allocated and filled."""
+    """``(out, lse)``."""
     p = problem
     batch, heads, len_q, _ = p.query.shape
     out = empty_in_order_of(p.query, (batch, heads, len_q, p.value.size(3)))
     lse = p.query.new_empty((batch, heads, len_q), dtype=torch.float32)
-    tile = tile_of("forward", p)
-    _launch(
-        triton_forward.attention_forward_kernel,
-        triton_forward.grid(p, tile),
-        triton_forward.arguments(p, out, lse, tile),
-        tile,
-        p,
-    )
+    forward_launch(p, out, lse, architecture(p.query.device)).run(p.query.device)
     return out, lse
 
 
-def tile_of(kernel: str, problem: AttentionProblem) -> Tile:
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, problem: AttentionProblem, output_mask: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, attn_mask, key_mask and sinks; None where ``output_mask`` asks for none."""
+    p = problem
+    grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    delta = torch.empty_like(lse)
+    wants_query, wants_key, wants_value, wants_mask, wants_key_mask, wants_sinks = output_mask
+    # One kernel fills these three, so that each wanted one brings the others.
+    keys = wants_key or wants_value or wants_key_mask
+    grads = (
+        gradient_like(p.query) if wants_query else None,
+        gradient_like(p.key) if keys else None,
+        gradient_like(p.value) if keys else None,
+        gradient_like(p.attn_mask) if wants_mask and p.attn_mask is not None else None,
+        gradient_like(p.key_mask) if wants_key_mask and p.key_mask is not None else None,
+    )
+    arch = architecture(p.query.device)
+    for launch in backward_launches(p, grad_out, grad_lse, out, lse, delta, grads, arch):
+        launch.run(p.query.device)
+    grad_sinks = None
+    if wants_sinks and p.sinks is not None:
+        # A sink's weight is exp(sink - lse) and its value 0; a row that is empty in spite of it has weight 0.
+        weight = torch.exp(p.sinks.float()[:, :, None] - lse.masked_fill(lse == float("-inf"), float("inf")))
+        grad_sinks = -(weight * delta).sum(dim=2).to(p.sinks.dtype)
+    kept = (grad if wanted else None for grad, wanted in zip(grads, output_mask[:5], strict=True))
+    return (*kept, grad_sinks)
+
+
+def weights(lse: Tensor, problem: AttentionProblem, average_heads: bool) -> Tensor:
+    """(B, L, S) averaged over the heads, or (B, H, L, S)."""
+    p = problem
+    batch, heads, len_q, _ = p.query.shape
+    shape = (batch, len_q, p.key.size(2)) if average_heads else (batch, heads, len_q, p.key.size(2))
+    result = p.query.new_empty(shape)
+    launch = weights_launch(p, lse.float().contiguous(), result, average_heads, architecture(p.query.device))
+    launch.run(p.query.device)
+    return result
+
+
+def _tile(kernel: str, problem: AttentionProblem, arch: str) -> Tile:
     q, v = problem.query, problem.value
-    return pick_config(kernel, q.size(3), v.size(3), 8 * q.element_size(), architecture(q.device))
+    return pick_config(kernel, q.size(3), v.size(3), 8 * q.element_size(), arch)
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], tile: Tile, problem: AttentionProblem
-) -> None:
-    if 0 in grid:
-        return
-    device = problem.query.device
-    guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with guard:
-        if arguments.get("USE_TMA"):
-            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+def _launch(kernel: Any, programs: int, problem: AttentionProblem, tile: Tile, own: dict[str, Any]) -> Launch:
+    """The kernel's parameters, each from its own arguments or from those that all kernels share."""
+    shared = problem_arguments(problem, tile)
+    return Launch(kernel, programs, {name: own[name] if name in own else shared[name] for name in kernel.arg_names}, tile)

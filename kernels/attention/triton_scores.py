@@ -68,6 +68,48 @@ def key_bounds(key_mask, len_k, KEY_MASK_IS_BOOL: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+def visible_keys(
+    start_m,
+    len_q,
+    len_k,
+    band,
+    key_mask,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    KEY_MASK_IS_BOOL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``(low, full_low, full_high, high)``: what a block of queries visits.
+
+    Keys outside [low, high) are seen by none of the queries; in [full_low, full_high) no edge of the band and no end of the
+    keys is crossed. Multiples of BLOCK_N but for ``high``. Walk [low, min(full_low, high)), [full_low, full_high) and
+    [max(full_low, full_high), high).
+    """
+    position_offset, window_left, window_right = band
+    first_position = start_m + position_offset
+    last_position = tl.minimum(start_m + BLOCK_M, len_q) - 1 + position_offset
+    low = len_k * 0
+    high = len_k
+    full_high = len_k
+    if HAS_RIGHT:
+        high = tl.maximum(tl.minimum(high, last_position + window_right + 1), 0)
+        full_high = tl.maximum(tl.minimum(full_high, first_position + window_right + 1), 0)
+    if HAS_LEFT:
+        low = tl.maximum(first_position - window_left, 0)
+    if key_mask is not None:
+        first_used, end_used = key_bounds(key_mask, len_k, KEY_MASK_IS_BOOL, 1024)
+        low = tl.maximum(low, first_used)
+        high = tl.minimum(high, end_used)
+        full_high = tl.minimum(full_high, end_used)
+    low = low // BLOCK_N * BLOCK_N
+    full_low = low
+    if HAS_LEFT:
+        full_low = tl.maximum(low, tl.cdiv(tl.maximum(last_position - window_left, 0), BLOCK_N) * BLOCK_N)
+    return low, full_low, full_high // BLOCK_N * BLOCK_N, high
+
+
+@triton.jit
 def load_bias(bias, rows, columns, len_q, len_k, BIAS_IS_BOOL: tl.constexpr):
     """A tile of the mask through its own strides: bool (True = takes part), or fp32 with -inf past the ends."""
     pointer, stride_l, stride_s = bias

@@ -4,7 +4,6 @@ would. In float64 it is the truth, in the working dtype the error that the contr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from tests.tolerances import assert_within_contract
 
 Results = dict[str, Tensor]
 INF = float("inf")
-ORDERS = 4
+ATTEMPTS = 6
 
 
 def eager_attention(
@@ -38,57 +37,70 @@ def eager_attention(
     sinks: Tensor | None = None,
     precision: str | None = None,
     seed: Tensor | None = None,
+    attempt: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse, weights)``; arguments as those of ``fusedformer.functional.attention``."""
-    batch, heads, len_q, head_dim = query.shape
-    len_k = key.size(2)
-    # Query head h of `group` reads key head h // group.
-    of_head = torch.arange(heads, device=query.device) // max(heads // max(key.size(1), 1), 1)
-    key, value = key[:, of_head], value[:, of_head]
+    """``(out, lse, weights)``; arguments as those of ``fusedformer.functional.attention``.
 
-    position = torch.arange(len_q, device=query.device)[:, None]
+    ``attempt`` changes what mathematics leaves open: the order of every sum (of slots and features), and whether the scale
+    goes to the product, to the query (as in ``nn.MultiheadAttention``) or by its root to both (as in torch's SDPA).
+    """
+    batch, heads, len_q, head_dim = query.shape
+    len_k, device = key.size(2), query.device
+    slots, features, features_v = (_order(size, attempt, device) for size in (len_k, head_dim, value.size(3)))
+    # Query head h of `group` reads key head h // group.
+    of_head = torch.arange(heads, device=device) // max(heads // max(key.size(1), 1), 1)
+    query = query[..., features]
+    key = key[:, of_head][:, :, slots][..., features]
+    value = value[:, of_head][:, :, slots][..., features_v]
+
+    position = torch.arange(len_q, device=device)[:, None]
     if causal_alignment == "bottom_right":
         position = position + len_k - len_q
-    slot = torch.arange(len_k, device=query.device)[None, :]
-    visible = torch.ones(batch, heads, len_q, len_k, dtype=torch.bool, device=query.device)
+    visible = torch.ones(batch, heads, len_q, len_k, dtype=torch.bool, device=device)
     left, right = window or (None, None)
     if is_causal:
-        visible = visible & (slot <= position)
+        visible = visible & (slots <= position)
     if left is not None and left >= 0:
-        visible = visible & (position - slot <= left)
+        visible = visible & (position - slots <= left)
     if right is not None and right >= 0:
-        visible = visible & (slot - position <= right)
+        visible = visible & (slots - position <= right)
 
-    scores = torch.einsum("bhle,bhse->bhls", query, key) * (head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    root = abs(scale) ** 0.5
+    before, between, after = ((1.0, 1.0, scale), (scale, 1.0, 1.0), (root, root if scale > 0 else -root, 1.0))[attempt % 3]
+    scores = torch.einsum("bhle,bhse->bhls", query * before, key * between) * after
     if softcap:
         scores = softcap * (scores / softcap).tanh()
     if alibi_slopes is not None:
         slopes = alibi_slopes[:, :, None, None] if alibi_slopes.dim() == 2 else alibi_slopes[:, None, None]
-        scores = scores - slopes * (position - slot).abs()
+        scores = scores - slopes * (position - slots).abs()
     for mask in (attn_mask, None if key_mask is None else key_mask[:, None, None, :]):
-        if mask is not None and mask.dtype == torch.bool:
-            visible = visible & mask
-        elif mask is not None:
-            visible = visible & (mask > -INF)
-            scores = scores + mask
+        if mask is None:
+            continue
+        mask = mask.expand(batch, heads, len_q, len_k)[..., slots]
+        visible = visible & (mask if mask.dtype == torch.bool else mask > -INF)
+        scores = scores if mask.dtype == torch.bool else scores + mask
     scores = scores.masked_fill(~visible, -INF)
 
-    slots = scores.size(-1)
     if sinks is not None:
         sink = sinks[:, None, None].to(scores.dtype).expand(batch, heads, len_q, 1)
         scores = torch.cat((scores, sink), dim=-1)
     empty = (scores == -INF).all(dim=-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
-    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)[..., :slots]
-    # Over no slot at all torch sums to log 0 = -inf, as for any empty row.
+    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)[..., :len_k]
     lse = scores.logsumexp(dim=-1).masked_fill(empty[..., 0], -INF)
     if dropout_p:
         assert seed is not None
-        keep = philox.keep_mask(seed, batch * heads, len_q, len_k, dropout_p, 0).view(weights.shape)
+        keep = philox.keep_mask(seed, batch * heads, len_q, len_k, dropout_p, 0).view(weights.shape)[..., slots]
         dropped = round(dropout_p * 65536) / 65536
         weights = weights * keep / (1.0 - dropped) if dropped < 1.0 else weights * 0.0
     weights = weights.to(query.dtype)
-    return torch.einsum("bhls,bhsv->bhlv", weights, value), lse, weights
+    out = torch.einsum("bhls,bhsv->bhlv", weights, value)
+    return out[..., features_v.argsort()], lse, weights[..., slots.argsort()]
+
+
+def _order(size: int, attempt: int, device: torch.device) -> Tensor:
+    return torch.randperm(size).to(device) if attempt else torch.arange(size, device=device)
 
 
 def results(function: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs, with_lse: bool = True) -> Results:
@@ -114,30 +126,22 @@ def fused(backend: str, **given: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return function
 
 
-def eager(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return eager_attention(*tensors, **options)[:2]
+def eager(attempt: int = 0) -> Callable[..., tuple[Tensor, Tensor]]:
+    def function(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return eager_attention(*tensors, **options, attempt=attempt)[:2]
+
+    return function
 
 
 def expected(inputs: Inputs, with_lse: bool = True) -> tuple[Results, list[Results]]:
-    """The float64 truth, and eager torch's results in the inputs' dtype, its sums over features in several orders."""
-    truth = results(eager, inputs.to(torch.float64), with_lse)
-    attempts = []
-    for _ in range(ORDERS):
-        orders = {name: torch.randperm(getattr(inputs, name).size(-1)).to(inputs.query.device) for name in ("query", "value")}
-        orders |= {"key": orders["query"], "out": orders["value"]}
-        shuffled = replace(
-            inputs,
-            **{name: getattr(inputs, name)[..., orders[name]] for name in ("query", "key", "value")},
-            grad_out=inputs.grad_out[..., orders["out"]],
-        )
-        attempt = results(eager, shuffled, with_lse)
-        if with_lse:  # the log-sum-exp is float32 by contract, so float32 is what it is measured against
-            single = shuffled.to(torch.promote_types(inputs.query.dtype, torch.float32))
-            attempt["lse"] = eager(single.query, single.key, single.value, **single.options)[1]
-        for name, order in orders.items():
-            result = name if name == "out" else f"grad {name}"
-            attempt[result] = attempt[result][..., order.argsort()]
-        attempts.append(attempt)
+    """The float64 truth, and several of eager torch's results in the inputs' dtype."""
+    truth = results(eager(), inputs.to(torch.float64), with_lse)
+    attempts = [results(eager(attempt), inputs, with_lse) for attempt in range(ATTEMPTS)]
+    if with_lse and inputs.query.dtype.itemsize < 4:
+        # The log-sum-exp is float32 by contract, so float32 is what it is measured against.
+        single = inputs.to(torch.float32)
+        for number, result in enumerate(attempts):
+            result["lse"] = eager(number)(single.query, single.key, single.value, **single.options)[1]
     return truth, attempts
 
 

@@ -1,0 +1,109 @@
+"""Right before fast: a result's error against float64, held to the contract of ``tests/tolerances.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tests.cases import Inputs
+from tests.kernels.attention.eager import expected
+from tests.tolerances import NORMS, assert_within_contract
+
+from .peers import Results
+
+SAMPLED_SCORES = 1 << 18  # float64 attention of long sequences takes as long as all the rest: one head of those is enough
+
+if not __debug__:
+    raise RuntimeError("python -O strips the assertions that the correctness gate is made of")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a result is from float64.
+
+    Attributes:
+        error: largest absolute error, in the tensor where it is largest next to eager's.
+        eager_error: that of torch's eager computation in the same dtype, in the same tensor.
+        tensor: which one that is: "out", or the gradient of an input.
+        wrong: how the contract is broken; None while it holds.
+    """
+
+    error: float
+    eager_error: float
+    tensor: str
+    wrong: str | None
+
+
+class Gate:
+    """The truth for some heads of a case, and the judge of results for the whole of it."""
+
+    def __init__(self, inputs: Inputs, direction: str) -> None:
+        self._batches, self._heads_kv = _sampled(inputs)
+        self._group = inputs.query.size(1) // inputs.key.size(1)
+        sample = self._sample_of(inputs)
+        self._truth, self._eager = expected(sample, with_lse=False)
+        if direction == "forward":
+            self._truth = {"out": self._truth["out"]}
+        batch, heads = inputs.query.shape[:2]
+        self.checked = f"{len(self._batches) * len(self._heads)} of {batch * heads} heads"
+
+    @property
+    def _heads(self) -> list[int]:
+        return [head * self._group + i for head in self._heads_kv for i in range(self._group)]
+
+    def judge(self, results: Results) -> Verdict:
+        """The verdict on the results (``peers.results``) of the whole case."""
+        results = self._results_of(results)
+        assert results.keys() == self._truth.keys(), f"got {results.keys()}, expected {self._truth.keys()}"
+        worst, wrong = Verdict(0.0, 0.0, "out", None), None
+        for name, truth in self._truth.items():
+            attempts = [attempt[name] for attempt in self._eager]
+            try:
+                assert_within_contract(results[name], truth, attempts, name)
+            except AssertionError as error:
+                wrong = wrong or str(error)
+            largest = NORMS["largest"]
+            error, *eager_errors = (largest(x.double() - truth) for x in (results[name], *attempts))
+            verdict = Verdict(error, max(eager_errors), name, None)
+            if not _ratio(verdict) <= _ratio(worst):  # a NaN is worst of all
+                worst = verdict
+        return replace(worst, wrong=wrong)
+
+    def _sample_of(self, inputs: Inputs) -> Inputs:
+        batches, options = self._batches, dict(inputs.options)
+        if "key_mask" in options:
+            options["key_mask"] = options["key_mask"][batches]
+        if "attn_mask" in options:
+            options["attn_mask"] = options["attn_mask"][:, self._heads]
+        return replace(
+            inputs,
+            query=inputs.query[batches][:, self._heads],
+            key=inputs.key[batches][:, self._heads_kv],
+            value=inputs.value[batches][:, self._heads_kv],
+            grad_out=inputs.grad_out[batches][:, self._heads],
+            grad_lse=inputs.grad_lse[batches][:, self._heads],
+            options=options,
+        )
+
+    def _results_of(self, results: Results) -> Results:
+        sampled = {}
+        for name, x in results.items():
+            heads = self._heads_kv if name in ("grad key", "grad value") else self._heads
+            sampled[name] = x[:, heads] if name == "grad attn_mask" else x[self._batches][:, heads]
+        return {name: sampled[name] for name in results}
+
+
+def _ratio(verdict: Verdict) -> float:
+    return verdict.error / max(verdict.eager_error, 1e-30)
+
+
+def _sampled(inputs: Inputs) -> tuple[list[int], list[int]]:
+    """Which batch entries and key heads are computed in float64: the first and the last, of long sequences the first.
+
+    The gradient of a mask that the batch shares sums over all of it. A dropout mask is that of its place in the whole, which
+    the first heads of the first entry keep.
+    """
+    batch, heads_kv = inputs.key.shape[:2]
+    scores = inputs.query.size(2) * inputs.key.size(2)
+    few = scores > SAMPLED_SCORES or "dropout_p" in inputs.options
+    batches = list(range(batch)) if "attn_mask" in inputs.options else sorted({0} if few else {0, batch - 1})
+    return batches, sorted({0} if few else {0, heads_kv - 1})
