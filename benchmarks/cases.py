@@ -52,10 +52,17 @@ class AttentionCase:
             raise ValueError(f"dtype: got {self.dtype!r}, expected one of {tuple(DTYPES)}")
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction: got {self.direction!r}, expected one of {DIRECTIONS}")
+        if self.mask and self.dropout_p:
+            raise ValueError("dropout_p: got one together with a mask; the correctness gate judges them apart")
 
     @property
     def name(self) -> str:
         return f"{self.dtype}-{self.direction}-{self.problem}"
+
+    @property
+    def family(self) -> str:
+        """What it shares with the cases of the same sweep, which differ in length alone."""
+        return f"{self.dtype} {self.direction}, {self.problem.name}, head dim {self.head_dim}"
 
     @property
     def problem(self) -> Case:

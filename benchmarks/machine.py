@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -83,3 +84,9 @@ def _output(*command: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def default_folder(machine: Machine, suffix: str = "") -> Path:
+    """``benchmarks/results/local/<date>-<device>``, which git ignores."""
+    device = re.sub(r"[^A-Za-z0-9]+", "-", machine.device).strip("-")
+    return ROOT / "benchmarks" / "results" / "local" / f"{machine.date[:10]}-{device}{suffix}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fusedformer
+from fusedformer import Explanation
 from fusedformer import functional as F
 from tests.cases import Inputs
 
+from .rows import OURS
 from .timing import Subject
 
-OURS = "fusedformer"
 SDPA = {
     "cpu": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
     "cuda": (
@@ -27,7 +31,7 @@ SDPA = {
         SDPBackend.MATH,
     ),
 }
-WRITES_SCORES = ("sdpa math", "eager")
+WRITES_SCORES = ("sdpa math", "eager", "compiled")
 Results = dict[str, Tensor]
 
 
@@ -48,6 +52,28 @@ class Peer:
 
 class PeerFailed(Exception):
     """A peer did not run a case; the message is what it said."""
+
+
+def too_large(peer: Peer, inputs: Inputs) -> str | None:
+    """Why a peer is left out: it writes scores that would crowd out the others' memory."""
+    batch, heads, len_q, _ = inputs.query.shape
+    scores = batch * heads * len_q * inputs.key.size(2) * inputs.query.element_size()
+    if peer.name not in WRITES_SCORES or scores <= _memory(inputs.query.device) / 16:
+        return None
+    return f"not run: its scores alone take {scores / 1e9:.1f} GB"
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def explanation(inputs: Inputs, direction: str) -> Explanation:
+    """Which backend ``auto`` picks for ours, and why each other one refuses."""
+    if direction != "forward":
+        inputs, _ = inputs.leaves()
+    return fusedformer.explain(ours().prepare(inputs))
 
 
 def ours(backend: str = "auto") -> Peer:
@@ -107,8 +133,6 @@ def results(peer: Peer, inputs: Inputs, direction: str) -> Results:
 
 def failures() -> tuple[type[Exception], ...]:
     """What torch and, once it was imported, Triton raise when something cannot be compiled, launched or allocated."""
-    import sys
-
     triton = sys.modules.get("triton.errors")
     return (RuntimeError, triton.TritonError) if triton else (RuntimeError,)
 

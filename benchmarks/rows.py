@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +14,8 @@ from .machine import Machine
 from .timing import Timing
 
 FILE_NAME = "results.jsonl"
+OURS = "fusedformer"  # among the peers of an attention case
+FUSED = "fused"  # among the variants of the model
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class AttentionRow:
     is_default: bool
     explanation: str
 
+    @property
+    def is_ours(self) -> bool:
+        return self.peer == OURS
+
+    @property
+    def title(self) -> str:
+        return f"{self.case}, threads: {self.threads}"
+
 
 @dataclass(frozen=True)
 class ModelRow:
@@ -86,6 +98,14 @@ class ModelRow:
     attention_share: float | None
     backend: str
     report: str
+
+    @property
+    def is_ours(self) -> bool:
+        return self.variant == FUSED
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} in {self.dtype}, threads: {self.threads}"
 
 
 @dataclass(frozen=True)
@@ -120,9 +140,19 @@ class Writer:
         self._file = (folder / FILE_NAME).open("w")
         self._machine = asdict(machine)
 
-    def write(self, row: Row) -> None:
+    def write_all(self, rows: Iterable[RowType]) -> list[RowType]:
+        """Writes each row as it comes."""
+        written = []
+        for row in rows:
+            self.write(row)
+            written.append(row)
+        return written
+
+    def write(self, row: object) -> None:
         kind = next(name for name, type_ in KINDS.items() if isinstance(row, type_))
-        self._file.write(json.dumps({"kind": kind, **asdict(row), "run": self._machine}) + "\n")
+        entry = {"kind": kind, **asdict(row), "run": self._machine}
+        entry |= {name: None for name, x in entry.items() if isinstance(x, float) and not math.isfinite(x)}  # not in JSON
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
         self._file.flush()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +115,16 @@ def measure(subjects: Mapping[str, Subject], stopwatch: Stopwatch, budget: float
             spent[name] += seconds * repeats[name]
         active = [name for name in reversed(active) if goes_on(name)]
     return {name: summary(values) for name, values in samples.items()}
+
+
+@contextmanager
+def threads_set_to(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def summary(samples: Sequence[float]) -> Timing:

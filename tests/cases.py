@@ -121,7 +121,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> Input
             ~padding if c.key_mask == "bool" else normal(c.batch, len_k).masked_fill(padding, float("-inf"))
         )
     if c.alibi:
-        options["alibi_slopes"] = normal(*(sizes[letter] for letter in c.alibi), dtype=torch.float32).sigmoid()
+        options["alibi_slopes"] = normal(*(sizes[letter] for letter in c.alibi), dtype=torch.float32).sigmoid() / 4
     if c.sinks:
         options["sinks"] = normal(c.heads)
     return Inputs(

@@ -335,7 +335,7 @@ def _run(backend: str, problem: AttentionProblem) -> tuple[Tensor, Tensor | None
     problem = _with_seed(problem)
     if backend == "reference":
         return reference.attention(*problem[:14])[:2]
-    out, lse = op.AttentionForward.apply(*_distinct(problem)[:15], backend)
+    out, lse, _ = op.AttentionForward.apply(*_distinct(problem)[:15], backend)
     return out, lse
 
 

@@ -25,9 +25,9 @@ _SETTINGS = (
     "float scale, SymInt position_offset, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
     "str precision, str backend"
 )
-LIBRARY.define(f"attention_forward({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor)")
+LIBRARY.define(f"attention_forward({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, {_SETTINGS}, "
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor lse_residual, {_INPUTS}, {_SETTINGS}, "
     "bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(f"attention_weights(Tensor lse, {_INPUTS}, {_SETTINGS}, bool average_heads) -> Tensor")
@@ -53,29 +53,31 @@ def _problem(inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> AttentionPro
     return AttentionProblem(*inputs, *settings[:-1], return_lse=True)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(arguments[:8], arguments[8:])
     return _implementation(arguments[-1]).forward(problem)  # type: ignore[no-any-return]
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, _, value = arguments[:3]
     batch, heads, len_q, _ = query.shape
     out = empty_in_order_of(query, (batch, heads, len_q, value.size(3)))
-    return out, query.new_empty((batch, heads, len_q), dtype=torch.float32)
+    lse = query.new_empty((batch, heads, len_q), dtype=torch.float32)
+    return out, lse, torch.empty_like(lse)
 
 
 def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, lse_residual: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     *arguments, output_mask = arguments  # type: ignore[assignment]
     problem = _problem(arguments[:8], arguments[8:])
-    grads = _implementation(arguments[-1]).backward(grad_out, grad_lse, out, lse, problem, output_mask)
+    implementation = _implementation(arguments[-1])
+    grads = implementation.backward(grad_out, grad_lse, out, lse, lse_residual, problem, output_mask)
     return tuple(problem.query.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, lse_residual: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *arguments, output_mask = arguments  # type: ignore[assignment]
     query, key, value, attn_mask, key_mask, _, sinks = arguments[:7]
@@ -117,7 +119,11 @@ weights_op = torch.ops.fusedformer.attention_weights.default
 
 
 class AttentionForward(torch.autograd.Function):
-    """``(out, lse)`` of a canonical problem, differentiable in its inputs."""
+    """``(out, lse, lse_residual)`` of a canonical problem; the first two differentiable in its inputs.
+
+    ``lse + lse_residual`` is the log-sum-exp to twice the precision: a rounding of it, common to a whole row, would be the
+    largest error of the recomputed weights.
+    """
 
     @staticmethod
     def forward(  # Dynamo needs the parameters by name
@@ -137,7 +143,7 @@ class AttentionForward(torch.autograd.Function):
         dropout_p: float,
         precision: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return forward_op(  # type: ignore[no-any-return]
             query,
             key,
@@ -158,19 +164,24 @@ class AttentionForward(torch.autograd.Function):
         )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output, *inputs[:8])
+        ctx.mark_non_differentiable(output[2])
         ctx.settings = inputs[8:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, *inputs = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        out, lse, lse_residual, *inputs = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         wanted = ctx.needs_input_grad
         output_mask = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[6]]
-        grads = AttentionBackward.apply(grad_out, grad_lse, out, lse, *inputs, *ctx.settings, output_mask)
+        grads = AttentionBackward.apply(
+            grad_out, grad_lse, out, lse, lse_residual, *inputs, *ctx.settings, output_mask
+        )
         query, key, value, attn_mask, key_mask, sinks = (
             grad if needed else None for grad, needed in zip(grads, output_mask, strict=True)
         )
@@ -179,8 +190,8 @@ class AttentionForward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         folded = _fold_inputs(info.batch_size, in_dims[:8], arguments[:8])
-        out, lse = AttentionForward.apply(*folded, *arguments[8:])
-        return _unfold(info.batch_size, (out, lse)), (0, 0)
+        outputs = AttentionForward.apply(*folded, *arguments[8:])
+        return _unfold(info.batch_size, outputs), (0, 0, 0)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -192,6 +203,7 @@ class AttentionBackward(torch.autograd.Function):
         grad_lse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_residual: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -215,6 +227,7 @@ class AttentionBackward(torch.autograd.Function):
             grad_lse,
             out,
             lse,
+            lse_residual,
             query,
             key,
             value,
@@ -236,8 +249,8 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:2], *inputs[4:12])
-        ctx.settings, ctx.output_mask = inputs[12:20], inputs[20]
+        ctx.save_for_backward(*inputs[:2], *inputs[5:13])
+        ctx.settings, ctx.output_mask = inputs[13:21], inputs[21]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -272,6 +285,7 @@ class AttentionBackward(torch.autograd.Function):
             pulled[-1] if has_grad_lse else None,
             None,
             None,
+            None,
             *(second[name] for name in DIFFERENTIABLE[:5]),
             None,
             second["sinks"],
@@ -281,15 +295,15 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        output_mask, mask = arguments[20], arguments[7]
-        grads_in = _fold_tensors(info.batch_size, in_dims[:4], arguments[:4])
-        inputs = _fold_inputs(info.batch_size, in_dims[4:12], arguments[4:12], each_mask=output_mask[3])
-        grads = list(AttentionBackward.apply(*grads_in, *inputs, *arguments[12:]))
+        output_mask, mask = arguments[21], arguments[8]
+        results = _fold_tensors(info.batch_size, in_dims[:5], arguments[:5])
+        inputs = _fold_inputs(info.batch_size, in_dims[5:13], arguments[5:13], each_mask=output_mask[3])
+        grads = list(AttentionBackward.apply(*results, *inputs, *arguments[13:]))
         unfolded = [
             grad.unflatten(0, (info.batch_size, -1)) if wanted else grad
             for grad, wanted in zip(grads, output_mask, strict=True)
         ]
-        if output_mask[3] and _batch_of(mask, in_dims[7]) == 1:
+        if output_mask[3] and _batch_of(mask, in_dims[8]) == 1:
             unfolded[3] = unfolded[3].sum(dim=1, keepdim=True)
         return tuple(unfolded), tuple(0 if wanted else None for wanted in output_mask)
 

@@ -81,16 +81,23 @@ def composite(problem: AttentionProblem) -> Tensor:
         )
 
 
-def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` by the flash kernel; its lse is 0 in empty rows, so it is kept for ``backward`` alone."""
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, lse, 0)`` by the flash kernel; its lse is 0 in empty rows, so it is kept for ``backward`` alone."""
     p = problem
     mask = _additive(_mask(p), p.query.dtype)
     out, lse = _flash(p.query, *_used_slots(p), 0.0, _says_is_causal(p), attn_mask=mask, scale=p.scale)
-    return _in_order_of(p.query, out), lse.contiguous()
+    lse = lse.contiguous()
+    return _in_order_of(p.query, out), lse, torch.zeros_like(lse)
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, problem: AttentionProblem, output_mask: list[bool]
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_residual: Tensor,
+    problem: AttentionProblem,
+    output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key and value; :func:`refusals` and :func:`runs_flash` keep the others away."""
     p = problem

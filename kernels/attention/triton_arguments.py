@@ -43,11 +43,14 @@ def precision(problem: AttentionProblem) -> str:
 
 
 def scale_later(problem: AttentionProblem) -> bool:
-    """Whether the scale may wait until the exponential: nothing is added to the scores, and their order stays."""
+    """Whether the scale may wait until the exponential: nothing is added to the scores, and their order stays.
+
+    Half inputs only: float32 keeps the form whose error does not grow with the log-sum-exp.
+    """
     p = problem
     adds = p.alibi_slopes is not None or p.sinks is not None or p.softcap > 0.0
     masks_add = any(mask is not None and not is_bool(mask) for mask in (p.attn_mask, p.key_mask))
-    return p.scale > 0.0 and not adds and not masks_add
+    return p.query.dtype != torch.float32 and p.scale > 0.0 and not adds and not masks_add
 
 
 def problem_arguments(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:

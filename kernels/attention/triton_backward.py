@@ -51,6 +51,7 @@ def attention_backward_dkdv_kernel(
     v_ptr,
     grad_out_ptr,
     lse_ptr,
+    lse_residual_ptr,
     delta_ptr,
     grad_k_ptr,
     grad_v_ptr,
@@ -168,13 +169,16 @@ def attention_backward_dkdv_kernel(
                         grad_out = load_rows(
                             grad_base, start_m, grad_out_strides[2], len_q, BLOCK_M, VALUE_DIM, BLOCK_EV
                         )
-                        lse, delta = load_row_scalars(lse_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M)
+                        lse, residual, delta = load_row_scalars(
+                            lse_ptr, lse_residual_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M
+                        )
                         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
                         grad_products = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
                         weights, grad_scores, grad_scaled = gradient_tile(
                             products,
                             grad_products,
                             lse[None, :],
+                            residual[None, :],
                             delta[None, :],
                             rows,
                             columns,
@@ -224,6 +228,7 @@ def attention_backward_dq_kernel(
     v_ptr,
     grad_out_ptr,
     lse_ptr,
+    lse_residual_ptr,
     delta_ptr,
     grad_q_ptr,
     bias_ptr,
@@ -279,7 +284,9 @@ def attention_backward_dq_kernel(
     grad_base = grad_out_ptr + b * grad_out_strides[0] + h * grad_out_strides[1]
     q = load_rows(q_base, start_m, q_strides[2], len_q, BLOCK_M, HEAD_DIM, BLOCK_E)
     grad_out = load_rows(grad_base, start_m, grad_out_strides[2], len_q, BLOCK_M, VALUE_DIM, BLOCK_EV)
-    lse, delta = load_row_scalars(lse_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M)
+    lse, residual, delta = load_row_scalars(
+        lse_ptr, lse_residual_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M
+    )
     band = (position_offset, window_left, window_right)
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     bias = None
@@ -327,6 +334,7 @@ def attention_backward_dq_kernel(
                     products,
                     grad_products,
                     lse[:, None],
+                    residual[:, None],
                     delta[:, None],
                     rows,
                     columns,

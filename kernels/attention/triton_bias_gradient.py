@@ -19,6 +19,7 @@ def attention_backward_bias_kernel(
     v_ptr,
     grad_out_ptr,
     lse_ptr,
+    lse_residual_ptr,
     delta_ptr,
     grad_bias_ptr,
     bias_ptr,
@@ -115,13 +116,16 @@ def attention_backward_bias_kernel(
                     k = load_rows(k_base, start_n, k_strides[2], len_k, BLOCK_N, HEAD_DIM, BLOCK_E, used)
                     v = load_rows(v_base, start_n, v_strides[2], len_k, BLOCK_N, VALUE_DIM, BLOCK_EV, used)
                     grad_out = load_rows(grad_base, start_m, grad_out_strides[2], len_q, BLOCK_M, VALUE_DIM, BLOCK_EV)
-                    lse, delta = load_row_scalars(lse_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M)
+                    lse, residual, delta = load_row_scalars(
+                        lse_ptr, lse_residual_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M
+                    )
                     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                     grad_products = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
                     _, grad_scores, _ = gradient_tile(
                         products,
                         grad_products,
                         lse[:, None],
+                        residual[:, None],
                         delta[:, None],
                         rows,
                         columns,

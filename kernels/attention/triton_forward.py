@@ -131,6 +131,7 @@ def attention_forward_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,  # (B, H, L)
+    lse_residual_ptr,  # (B, H, L), what rounding took from lse
     bias_ptr,  # this and the next four: None when not given
     key_mask_ptr,
     slopes_ptr,
@@ -265,8 +266,12 @@ def attention_forward_kernel(
     out = acc * (tl.where(empty, 0.0, keep_scale) / total)[:, None]
     out_base = out_ptr + b * out_strides[0] + h * out_strides[1]
     store_rows(out_base, start_m, out_strides[2], len_q, out, BLOCK_M, VALUE_DIM, BLOCK_EV)
-    row_max_scaled = row_max * scale if SCALE_LATER else row_max
-    lse = tl.where(empty, MINUS_INF, row_max_scaled + tl.log(total))
+    log_sum = tl.log(total)
+    largest = tl.where(empty, 0.0, row_max * scale if SCALE_LATER else row_max)
+    lse = largest + log_sum
+    residual = (largest - lse) + log_sum
     rows = start_m + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + matrix.to(tl.int64) * len_q + rows, lse, mask=rows < len_q)
+    offsets = matrix.to(tl.int64) * len_q + rows
+    tl.store(lse_ptr + offsets, tl.where(empty, MINUS_INF, lse), mask=rows < len_q)
+    tl.store(lse_residual_ptr + offsets, residual, mask=rows < len_q)
 

@@ -10,26 +10,28 @@ import triton.language as tl
 
 from ..common import philox
 from ..common.triton_philox import keep_tile
-from .triton_scores import LOG2E, MINUS_INF, exponential, score_tile
+from .triton_scores import LOG2E, MINUS_INF, score_tile
 
 STREAM_ATTENTION = tl.constexpr(philox.STREAM_ATTENTION)
 
 
 @triton.jit
-def load_row_scalars(lse_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M: tl.constexpr):
-    """``(lse, delta)`` of a block of queries; lse +inf in empty rows and past the end, which makes their weights 0."""
+def load_row_scalars(lse_ptr, lse_residual_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M: tl.constexpr):
+    """``(lse, its residual, delta)`` of a block of queries; lse +inf in empty rows and past the end, which makes their weights 0."""
     rows = start_m + tl.arange(0, BLOCK_M)
     offsets = matrix.to(tl.int64) * len_q + rows
     lse = tl.load(lse_ptr + offsets, mask=rows < len_q, other=float("inf"))
+    residual = tl.load(lse_residual_ptr + offsets, mask=rows < len_q, other=0.0)
     delta = tl.load(delta_ptr + offsets, mask=rows < len_q, other=0.0)
-    return tl.where(lse == MINUS_INF, float("inf"), lse), delta
+    return tl.where(lse == MINUS_INF, float("inf"), lse), residual, delta
 
 
 @triton.jit
 def gradient_tile(
     products,  # q . k
     grad_products,  # dO . v
-    lse,  # this and delta shaped like rows
+    lse,  # this and the next two shaped like rows
+    lse_residual,
     delta,
     rows,
     columns,
@@ -80,7 +82,7 @@ def gradient_tile(
     if SCALE_LATER:
         weights = tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
     else:
-        weights = exponential(scores, lse, scale, False)
+        weights = tl.exp2((scores - lse - lse_residual) * LOG2E)
     dropped = weights
     if seed_ptr is not None:
         keep = keep_tile(seed_ptr, matrix, start_m, start_n, drop_below, STREAM_ATTENTION, BLOCK_M, BLOCK_N)

@@ -52,10 +52,10 @@ class Launch:
             )
 
 
-def forward_launch(problem: AttentionProblem, out: Tensor, lse: Tensor, arch: str) -> Launch:
+def forward_launch(problem: AttentionProblem, out: Tensor, lse: Tensor, lse_residual: Tensor, arch: str) -> Launch:
     p = problem
     batch, heads, len_q, _ = p.query.shape
-    own = {"out_ptr": out, "lse_ptr": lse, "out_strides": strides(out)}
+    own = {"out_ptr": out, "lse_ptr": lse, "lse_residual_ptr": lse_residual, "out_strides": strides(out)}
     tile = _tile("forward", p, arch)
     return _launch(attention_forward_kernel, batch * heads * triton.cdiv(len_q, tile.block_m), p, tile, own)
 
@@ -66,6 +66,7 @@ def backward_launches(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_residual: Tensor,
     delta: Tensor,
     grads: tuple[Tensor | None, ...],
     arch: str,
@@ -75,7 +76,13 @@ def backward_launches(
     grad_query, grad_key, grad_value, grad_mask, grad_key_mask = grads
     batch, heads, len_q, _ = p.query.shape
     heads_kv, len_k = p.key.size(1), p.key.size(2)
-    shared = {"grad_out_ptr": grad_out, "grad_out_strides": strides(grad_out), "lse_ptr": lse, "delta_ptr": delta}
+    shared = {
+        "grad_out_ptr": grad_out,
+        "grad_out_strides": strides(grad_out),
+        "lse_ptr": lse,
+        "lse_residual_ptr": lse_residual,
+        "delta_ptr": delta,
+    }
     tile = _tile("backward_delta", p, arch)
     own: dict[str, Any] = {**shared, "out_ptr": out, "out_strides": strides(out), "grad_lse_ptr": grad_lse}
     launches = [
@@ -125,18 +132,25 @@ def weights_launch(problem: AttentionProblem, lse: Tensor, weights: Tensor, aver
     return _launch(attention_weights_kernel, batch * (1 if average_heads else heads) * blocks, p, tile, own)
 
 
-def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``."""
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, lse, lse_residual)``."""
     p = problem
     batch, heads, len_q, _ = p.query.shape
     out = empty_in_order_of(p.query, (batch, heads, len_q, p.value.size(3)))
     lse = p.query.new_empty((batch, heads, len_q), dtype=torch.float32)
-    forward_launch(p, out, lse, architecture(p.query.device)).run(p.query.device)
-    return out, lse
+    lse_residual = torch.empty_like(lse)
+    forward_launch(p, out, lse, lse_residual, architecture(p.query.device)).run(p.query.device)
+    return out, lse, lse_residual
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, problem: AttentionProblem, output_mask: list[bool]
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_residual: Tensor,
+    problem: AttentionProblem,
+    output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of query, key, value, attn_mask, key_mask and sinks; None where ``output_mask`` asks for none."""
     p = problem
@@ -154,7 +168,7 @@ def backward(
         gradient_like(p.key_mask) if wants_key_mask and p.key_mask is not None else None,
     )
     arch = architecture(p.query.device)
-    for launch in backward_launches(p, grad_out, grad_lse, out, lse, delta, grads, arch):
+    for launch in backward_launches(p, grad_out, grad_lse, out, lse, lse_residual, delta, grads, arch):
         launch.run(p.query.device)
     grad_sinks = None
     if wants_sinks and p.sinks is not None:

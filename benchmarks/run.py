@@ -1,0 +1,75 @@
+"""The benchmark: what it found, the machine's ceilings, then every case - right first, then fast - and the main job."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import fusedformer
+
+from . import minilm, report
+from .attention import attention_rows
+from .cases import selected
+from .ceilings import measure_ceilings
+from .machine import default_folder, find_machine
+from .options import Options
+from .rows import AttentionRow, ModelRow, Writer, read
+from .tables import attention_tables, ceilings_table, machine_table, model_table
+from .terminal import Terminal
+from .timing import threads_set_to
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the benchmark; 1 if a result of ours was wrong or did not come."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every case, more samples, compiled peers")
+    parser.add_argument("--quick", action="store_true", help="a miniature of everything that shows only that it works")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="the cases whose name this regular expression finds")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="for results.jsonl and the report")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(arguments)
+    options = Options(given.device, given.full, given.quick, given.only)
+    cases = selected(options.device_type, options.full, options.pattern, options.quick)
+    wants_model = re.search(options.pattern, minilm.MODEL) is not None
+    if not cases and not wants_model:
+        parser.error(f"--only {given.only}: no case has such a name")
+
+    terminal = Terminal()
+    machine = find_machine(options.device_type)
+    folder = given.out or default_folder(machine)
+    writer = Writer(folder, machine)
+    terminal.show(machine_table(machine))
+    terminal.say(str(fusedformer.backends()))
+    missing = minilm.missing()
+    runs_model = wants_model and missing is None
+
+    ceilings = []
+    attention: list[AttentionRow] = []
+    model: list[ModelRow] = []
+    with terminal.progress(len(options.threads) + len(cases) + runs_model * minilm.steps(options)) as step:
+        for threads in options.threads:
+            step(f"ceilings, threads: {threads}")
+            with threads_set_to(threads):
+                ceilings.append(measure_ceilings(options.device_type, options.quick))
+            writer.write(ceilings[-1])
+        for case in cases:
+            step(case.name)
+            attention += writer.write_all(attention_rows(case, options, ceilings))
+        if runs_model:
+            model += writer.write_all(minilm.model_rows(options, ceilings, step))
+
+    for table in (ceilings_table(ceilings), *attention_tables(attention), model_table(model)):
+        if table.rows:
+            terminal.show(table)
+    if wants_model and missing is not None:
+        terminal.say(f"The main job was not run: {missing}", "bad")
+    for row in (*attention, *model):
+        if row.is_ours and row.status != "ok":
+            terminal.say(f"{row.status.upper()} {row.title}: {row.reason}", "bad")
+    for line in report.write(read(folder), folder):
+        terminal.say(line)
+    return int(any(row.is_ours and row.status != "ok" for row in (*attention, *model)))

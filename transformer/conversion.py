@@ -1,0 +1,216 @@
+"""``fuse`` and ``unfuse``: an existing model's attention swapped for ours, in place, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import MultiheadAttention
+
+# What a swapped module was before, kept on the module itself: attribute names and values.
+_BEFORE = "_fusedformer_before"
+SWAPPED, SET, LEFT = "swapped", "set", "left"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What ``fuse`` did with one module.
+
+    Attributes:
+        module: its name in the model; "" for the model itself.
+        kind: the name of its class.
+        action: "swapped", "set" (a container's flag, so that it calls the swapped attention) or "left".
+        detail: what runs now, or why nothing changed.
+    """
+
+    module: str
+    kind: str
+    action: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``fuse`` swapped, what not and why. ``print`` it for a table.
+
+    Attributes:
+        entries: one for each module that was looked at.
+        differences: with ``verify``, the largest absolute difference of each output tensor, by its place in the output.
+    """
+
+    entries: tuple[Entry, ...]
+    differences: Mapping[str, float] | None = None
+
+    @property
+    def swapped(self) -> list[str]:
+        """The names of the modules whose attention was swapped."""
+        return [entry.module for entry in self.entries if entry.action == SWAPPED]
+
+    @property
+    def left(self) -> dict[str, str]:
+        """By name, the modules that were left as they are, and why."""
+        return {entry.module: entry.detail for entry in self.entries if entry.action == LEFT}
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "nothing to fuse: no torch.nn.MultiheadAttention in the model, and it is no Hugging Face model"
+        rows = [("module", "class", "", "")]
+        rows += [(entry.module or "(the model)", entry.kind, entry.action, entry.detail) for entry in self.entries]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"{len(self.swapped)} swapped, {len(self.left)} left")
+        for name, difference in (self.differences or {}).items():
+            lines.append(f"largest difference in {name}: {difference:.3g}")
+        return "\n".join(lines)
+
+
+def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) -> Report:
+    """Swaps the model's attention for ours, in place; :func:`unfuse` undoes it. Calling it again changes nothing.
+
+    A ``torch.nn.MultiheadAttention`` becomes ``fusedformer.nn.MultiheadAttention`` by its class alone: the module, its
+    parameters, ``requires_grad`` and hooks stay the objects they are. torch's encoder containers are set to call it,
+    rather than their inference path around it. A Hugging Face model gets the attention implementation "fusedformer" in
+    its configuration, which models built from the same configuration object share.
+
+    Args:
+        model: any module. Itself, too, is swapped if it is an attention.
+        verify: inputs to run the model on before and after, in eval mode without gradients: a tensor, a tuple of
+            arguments or a mapping of keyword arguments. The largest differences are in the report.
+        frozen: a promise that the weights no longer change, for kernels that keep packed copies of them. There is none
+            yet: True is refused.
+
+    Returns:
+        Report: what was swapped, what was left and why.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``verify`` is of another type.
+        ValueError: ``frozen`` is True.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if frozen:
+        raise ValueError("frozen: got True, expected False: no kernel that keeps packed weights is there yet")
+    if verify is None:
+        return Report(tuple(_swap(model)))
+    arguments = _arguments(verify)
+    before = _outputs(model, *arguments)
+    report = Report(tuple(_swap(model)))
+    after = _outputs(model, *arguments)
+    return Report(report.entries, {name: _difference(before[name], after[name]) for name in before})
+
+
+def unfuse(model: torch.nn.Module) -> None:
+    """Puts back what :func:`fuse` swapped in this model: classes, flags and Hugging Face's attention implementation."""
+    for module in model.modules():
+        for name, value in module.__dict__.pop(_BEFORE, {}).items():
+            if name == "attn_implementation":
+                _huggingface().choose(module, value)
+            else:
+                setattr(module, name, value)
+
+
+def _swap(model: torch.nn.Module) -> Iterator[Entry]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            yield _swap_attention(name, module)
+    for name, module in model.named_modules():
+        yield from _set_container(name, module)
+    # A Hugging Face model can only be there if transformers was imported before us.
+    if "transformers.modeling_utils" in sys.modules:
+        yield from _swap_huggingface(model)
+
+
+def _swap_attention(name: str, module: torch.nn.MultiheadAttention) -> Entry:
+    kind = type(module).__name__
+    if isinstance(module, MultiheadAttention):
+        return Entry(name, kind, LEFT, "it is fusedformer's already")
+    if type(module) is not torch.nn.MultiheadAttention:
+        return Entry(name, kind, LEFT, f"{type(module).__module__}.{kind} may compute something else than its base class")
+    if "forward" in module.__dict__:
+        return Entry(name, kind, LEFT, "a forward of its own was set on it")
+    _change(module, "__class__", MultiheadAttention)
+    return Entry(name, kind, SWAPPED, "runs fusedformer.nn.MultiheadAttention")
+
+
+def _set_container(name: str, module: torch.nn.Module) -> Iterator[Entry]:
+    """Turns off the inference paths of torch's containers that bypass the attention, or hand it a nested tensor."""
+    flag = None
+    if isinstance(module, torch.nn.TransformerEncoderLayer):
+        flag, off = "activation_relu_or_gelu", 0
+    elif isinstance(module, torch.nn.TransformerEncoder):
+        flag, off = "use_nested_tensor", False
+    if flag is None or not getattr(module, flag, off):
+        return
+    if any(isinstance(part, MultiheadAttention) for part in module.modules()):
+        _change(module, flag, off)
+        yield Entry(name, type(module).__name__, SET, f"{flag} = {off}, so that it calls its attention in eval mode")
+
+
+def _swap_huggingface(model: torch.nn.Module) -> Iterator[Entry]:
+    huggingface = _huggingface()
+    huggingface.register()
+    for name, part in huggingface.models(model):
+        kind, before = type(part).__name__, huggingface.implementation(part)
+        reason = huggingface.refusal(part)
+        if before == huggingface.NAME:
+            yield Entry(name, kind, LEFT, "it runs fusedformer's attention already")
+        elif reason is not None:
+            yield Entry(name, kind, LEFT, reason)
+        else:
+            huggingface.choose(part, huggingface.NAME)
+            part.__dict__[_BEFORE] = {"attn_implementation": before}
+            yield Entry(name, kind, SWAPPED, f'attention implementation "{before}" is "{huggingface.NAME}" now')
+
+
+def _huggingface() -> Any:
+    from . import huggingface
+
+    return huggingface
+
+
+def _change(module: torch.nn.Module, name: str, value: Any) -> None:
+    module.__dict__.setdefault(_BEFORE, {})[name] = getattr(module, name)
+    setattr(module, name, value)
+
+
+def _arguments(verify: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(verify, Tensor):
+        return (verify,), {}
+    if isinstance(verify, tuple):
+        return verify, {}
+    if isinstance(verify, Mapping):
+        return (), verify
+    raise TypeError(f"verify: got {type(verify).__name__}, expected a tensor, a tuple or a mapping of keyword arguments")
+
+
+def _outputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's output tensors by their place, in eval mode; modes and random state are left as they were."""
+    training = {module: module.training for module in model.modules()}
+    devices = {x.device.index for x in model.parameters() if x.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            return dict(_tensors("output", model(*args, **kwargs)))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _tensors(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(x, Tensor):
+        yield name, x
+    elif isinstance(x, Mapping):
+        for key, part in x.items():
+            yield from _tensors(f"{name}.{key}", part)
+    elif isinstance(x, tuple | list):
+        for i, part in enumerate(x):
+            yield from _tensors(f"{name}[{i}]", part)
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    return (after.double() - before.double()).abs().max().item() if before.numel() else 0.0
