@@ -67,7 +67,7 @@ def attention(
     alibi_slopes: Tensor | None = ...,
     sinks: Tensor | None = ...,
     precision: str | None = ...,
-    return_lse: bool,
+    return_lse: Literal[True],
     seed: Tensor | None = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -94,18 +94,19 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(query @ keyᵀ * scale + ...) @ value`` in one kernel, forward and backward.
 
-    The order is: products times ``scale``, softcap, ALiBi term, float masks, exclusions, softmax, dropout. Query i stands at
-    position i ("top_left") or i + S - L ("bottom_right"); causality, window and ALiBi all use it. A row that sees no key gives
-    output 0, log-sum-exp -inf and gradients 0. Slots that ``key_mask`` or a mask of size 1 in L excludes are never read into a
+    The order is: products times ``scale``, softcap, ALiBi term, float masks, exclusions, softmax, dropout. Query i
+    stands at position i ("top_left") or i + S - L ("bottom_right"); causality, window and ALiBi all use it. A row that
+    sees no key gives output 0, log-sum-exp -inf and gradients 0. Slots that ``key_mask`` or a mask of size 1 in L
+    excludes are never read into a
     result: a NaN there changes nothing.
 
     Args:
-        query: (B, H, L, E), float32, float16 or bfloat16 (float64 on the reference). Any strides; a last one other than 1 is
-            copied.
+        query: (B, H, L, E), float32, float16 or bfloat16 (float64 on the reference). Any strides; a last one other than
+            1 is copied.
         key: (B, Hkv, S, E), dtype of query.
         value: (B, Hkv, S, Ev), dtype of query.
-        attn_mask: broadcasts to (B, H, L, S). Bool, True = takes part; or floating, added to the scores, with a gradient in
-            its own shape and dtype. Read through its strides, never expanded.
+        attn_mask: broadcasts to (B, H, L, S). Bool, True = takes part; or floating, added to the scores, with a
+            gradient in its own shape and dtype. Read through its strides, never expanded.
         dropout_p: probability of dropping an attention weight, rounded to 1/65536. Applied whenever positive.
         is_causal: exclude keys after the query's position. Applies together with ``attn_mask``.
         scale: of the products; 1/sqrt(E) if None.
@@ -128,8 +129,9 @@ def attention(
         ValueError, TypeError: an argument is not as described; the message names it.
         BackendRefused: the backend asked for does not take this problem, or none does; with every reason.
 
-    Source: equation (1) of "Attention Is All You Need" (Vaswani et al., 2017), tiled as in FlashAttention (Dao et al., 2022);
-    ALiBi: Press et al., 2022; sinks: Xiao et al., 2024; softcap: Gemma 2, 2024; grouped heads: Ainslie et al., 2023.
+    Source: equation (1) of "Attention Is All You Need" (Vaswani et al., 2017), tiled as in FlashAttention (Dao et al.,
+    2022); ALiBi: Press et al., 2022; sinks: Xiao et al., 2024; softcap: Gemma 2, 2024; grouped heads: Ainslie et al.,
+    2023.
     """
     query, key, value = _autocast(query, key, value)
     problem = canonical(
@@ -221,25 +223,27 @@ def attention_weights(
     average_heads: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """The weights that :func:`attention` multiplies the values with, from its log-sum-exp; what ``need_weights`` asks for.
+    """The weights that :func:`attention` multiplies the values with, from its log-sum-exp, as for ``need_weights``.
 
     Args:
-        query, key, attn_mask, is_causal, scale, enable_gqa, key_mask, causal_alignment, window, softcap, alibi_slopes, precision:
-            as they were given to :func:`attention`.
+        query, key, attn_mask, is_causal, scale, enable_gqa, key_mask, causal_alignment, window, softcap, alibi_slopes,
+            precision: as they were given to :func:`attention`.
         lse: float32 (B, H, L), what ``return_lse=True`` returned (sinks are in it).
         dropout_p, seed: as they were given to :func:`attention`; with a positive ``dropout_p`` the seed is required.
         average_heads: True averages over the heads without a (B, H, L, S) tensor.
         backend: as in :func:`attention`.
 
     Returns:
-        (B, L, S), or (B, H, L, S) with ``average_heads=False``, in the dtype of query; 0 in empty rows and excluded slots.
-        Differentiable in query, key, lse and floating masks, through the reference.
+        (B, L, S), or (B, H, L, S) with ``average_heads=False``, in the dtype of query; 0 in empty rows and excluded
+        slots. Differentiable in query, key, lse and floating masks, through the reference.
 
     Raises:
         ValueError, TypeError, BackendRefused: as :func:`attention`.
     """
     if dropout_p > 0.0 and seed is None:
-        raise ValueError("seed: got None, expected the seed that attention was given: without it the weights are others")
+        raise ValueError(
+            "seed: got None, expected the seed that attention was given: without it the weights are others"
+        )
     query, key = _autocast(query, key)
     problem = canonical(
         query,
@@ -319,7 +323,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
     )
 
 
@@ -335,7 +340,7 @@ def _run(backend: str, problem: AttentionProblem) -> tuple[Tensor, Tensor | None
     problem = _with_seed(problem)
     if backend == "reference":
         return reference.attention(*problem[:14])[:2]
-    out, lse, _ = op.AttentionForward.apply(*_distinct(problem)[:15], backend)
+    out, lse, _ = op.AttentionForward.apply(*_distinct(problem)[:8], (*problem[8:15], backend))
     return out, lse
 
 
@@ -345,11 +350,11 @@ def _run_weights(backend: str, problem: AttentionProblem, lse: Tensor, average_h
         return reference.attention_weights(
             p.query, p.key, lse, p.attn_mask, p.key_mask, p.alibi_slopes, *p[7:14], average_heads
         )
-    return op.AttentionWeights.apply(lse, *_distinct(problem)[:15], backend, average_heads)  # type: ignore[no-any-return]
+    return op.AttentionWeights.apply(lse, *_distinct(problem)[:8], (*problem[8:15], backend), average_heads)  # type: ignore[no-any-return]
 
 
 def _distinct(problem: AttentionProblem) -> AttentionProblem:
-    """The same problem, no tensor given twice: Dynamo refuses an autograd function with the same input in two places."""
+    """The same problem, no tensor given twice: Dynamo refuses the same input in two places of an autograd function."""
     if not torch.compiler.is_compiling():
         return problem
     key, value = problem.key, problem.value
@@ -363,7 +368,7 @@ def _distinct(problem: AttentionProblem) -> AttentionProblem:
 def _flatten_leading(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
-    """Four-dimensional tensors from any number of leading dimensions, broadcast; and the leading shape of the output."""
+    """Four-dimensional tensors from any number of broadcast leading dimensions, and the output's leading shape."""
     rank = max(4, query.dim(), key.dim(), value.dim())
     tensors = [x[(None,) * (rank - x.dim())] for x in (query, key, value)]
     # With grouped heads the dimension before the length differs on purpose; without, it broadcasts like the others.
@@ -372,7 +377,9 @@ def _flatten_leading(
         leading = torch.broadcast_shapes(*(x.shape[:broadcast] for x in tensors))
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
-        raise ValueError(f"query, key, value: got shapes {shapes}, expected leading dimensions that broadcast") from None
+        raise ValueError(
+            f"query, key, value: got shapes {shapes}, expected leading dimensions that broadcast"
+        ) from None
     tensors = [x.expand(*leading, *x.shape[broadcast:]) for x in tensors]
     shape = tensors[0].shape[:-2]
     if attn_mask is not None and isinstance(attn_mask, Tensor) and rank > 4:

@@ -1,7 +1,7 @@
 """Which tile a kernel runs with: a pure function of the problem's shape class and the architecture.
 
-The numbers are data, ``tuned/<architecture>.json``; an architecture without a table uses ``default.json``, whose tiles fit the
-smallest shared memory of the GPUs Triton supports (99 KiB) and need nothing newer than plain pointer loads.
+The numbers are data, ``tuned/<architecture>.json``; an architecture without a table uses ``default.json``, whose tiles
+fit the smallest shared memory of the GPUs Triton supports (99 KiB) and need nothing newer than plain pointer loads.
 """
 
 from __future__ import annotations

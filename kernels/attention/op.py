@@ -1,7 +1,8 @@
 """The attention operators: schemas, fakes, registered implementations, autograd and vmap.
 
-``attention_forward`` and ``attention_backward`` are raw operators that name the backend they run on. Two autograd functions sit
-on top: the first's backward is the second, whose backward differentiates the eager reference, to any order.
+``attention_forward`` and ``attention_backward`` are raw operators that name the backend they run on. Two autograd
+functions sit on top: the first's backward is the second, whose backward differentiates the eager reference, to any
+order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.library import LIBRARY, NAMESPACE, empty_in_order_of
+from ..common.library import LIBRARY, NAMESPACE, empty_in_order_of, gradient_like
 from . import reference
 from .problem import AttentionProblem
 
@@ -27,8 +28,8 @@ _SETTINGS = (
 )
 LIBRARY.define(f"attention_forward({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor lse_residual, {_INPUTS}, {_SETTINGS}, "
-    "bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor lse_residual, "
+    f"{_INPUTS}, {_SETTINGS}, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(f"attention_weights(Tensor lse, {_INPUTS}, {_SETTINGS}, bool average_heads) -> Tensor")
 
@@ -50,7 +51,8 @@ def _implementation(backend: str) -> ModuleType:
 
 
 def _problem(inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> AttentionProblem:
-    return AttentionProblem(*inputs, *settings[:-1], return_lse=True)
+    fields = (*inputs, *settings[:-1], True)
+    return AttentionProblem(*fields)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,11 +89,6 @@ def _backward_fake(
     )
 
 
-def gradient_like(x: Tensor) -> Tensor:
-    """Uninitialised memory for the gradient of ``x``: 4-D tensors keep their order in memory."""
-    return empty_in_order_of(x, x.shape) if x.dim() == 4 else x.new_empty(x.shape)
-
-
 def _weights(lse: Tensor, *arguments: Any) -> Tensor:
     *arguments, average_heads = arguments  # type: ignore[assignment]
     problem = _problem(arguments[:8], arguments[8:])
@@ -121,8 +118,8 @@ weights_op = torch.ops.fusedformer.attention_weights.default
 class AttentionForward(torch.autograd.Function):
     """``(out, lse, lse_residual)`` of a canonical problem; the first two differentiable in its inputs.
 
-    ``lse + lse_residual`` is the log-sum-exp to twice the precision: a rounding of it, common to a whole row, would be the
-    largest error of the recomputed weights.
+    ``lse + lse_residual`` is the log-sum-exp to twice the precision: a rounding of it, common to a whole row, would be
+    the largest error of the recomputed weights.
     """
 
     @staticmethod
@@ -135,14 +132,7 @@ class AttentionForward(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         sinks: Tensor | None,
         seed: Tensor | None,
-        scale: float,
-        position_offset: int,
-        window_left: int,
-        window_right: int,
-        softcap: float,
-        dropout_p: float,
-        precision: str,
-        backend: str,
+        settings: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         return forward_op(  # type: ignore[no-any-return]
             query,
@@ -153,21 +143,14 @@ class AttentionForward(torch.autograd.Function):
             alibi_slopes,
             sinks,
             seed,
-            scale,
-            position_offset,
-            window_left,
-            window_right,
-            softcap,
-            dropout_p,
-            precision,
-            backend,
+            *settings,
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output, *inputs[:8])
         ctx.mark_non_differentiable(output[2])
-        ctx.settings = inputs[8:]
+        ctx.settings = inputs[8]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -179,13 +162,11 @@ class AttentionForward(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         wanted = ctx.needs_input_grad
         output_mask = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[6]]
-        grads = AttentionBackward.apply(
-            grad_out, grad_lse, out, lse, lse_residual, *inputs, *ctx.settings, output_mask
-        )
+        grads = AttentionBackward.apply(grad_out, grad_lse, out, lse, lse_residual, *inputs, ctx.settings, output_mask)
         query, key, value, attn_mask, key_mask, sinks = (
             grad if needed else None for grad, needed in zip(grads, output_mask, strict=True)
         )
-        return (query, key, value, attn_mask, key_mask, None, sinks, None, *(None,) * 8)
+        return query, key, value, attn_mask, key_mask, None, sinks, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -212,14 +193,7 @@ class AttentionBackward(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         sinks: Tensor | None,
         seed: Tensor | None,
-        scale: float,
-        position_offset: int,
-        window_left: int,
-        window_right: int,
-        softcap: float,
-        dropout_p: float,
-        precision: str,
-        backend: str,
+        settings: tuple[Any, ...],
         output_mask: list[bool],
     ) -> tuple[Tensor, ...]:
         return backward_op(  # type: ignore[no-any-return]
@@ -236,28 +210,28 @@ class AttentionBackward(torch.autograd.Function):
             alibi_slopes,
             sinks,
             seed,
-            scale,
-            position_offset,
-            window_left,
-            window_right,
-            softcap,
-            dropout_p,
-            precision,
-            backend,
+            *settings,
             output_mask,
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:2], *inputs[5:13])
-        ctx.settings, ctx.output_mask = inputs[13:21], inputs[21]
+        ctx.settings, ctx.output_mask = inputs[13:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse, query, key, value, attn_mask, key_mask, alibi_slopes, sinks, seed = ctx.saved_tensors
         settings = ctx.settings[:6]
         # A primal per differentiable input that is there; the others never enter the function that is differentiated.
-        inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask, "key_mask": key_mask, "sinks": sinks}
+        inputs = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_mask": attn_mask,
+            "key_mask": key_mask,
+            "sinks": sinks,
+        }
         primals = {name: x for name, x in inputs.items() if x is not None and x.is_floating_point()}
         wanted = [name for name, asked in zip(DIFFERENTIABLE, ctx.output_mask, strict=True) if asked]
         has_grad_lse = grad_lse is not None
@@ -266,16 +240,17 @@ class AttentionBackward(torch.autograd.Function):
             def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
                 given = {**inputs, **dict(zip(primals, tensors, strict=True))}
                 masked = (given[name] for name in DIFFERENTIABLE[:5])
-                return reference.attention(*masked, alibi_slopes, given["sinks"], seed, *settings)[:2]
+                everything: tuple[Any, ...] = (*masked, alibi_slopes, given["sinks"], seed, *settings)
+                return reference.attention(*everything)[:2]
 
-            (out, lse), pull = torch.func.vjp(forward, *arguments[: len(primals)])
+            (out, lse), pull = _vjp(forward, *arguments[: len(primals)])
             cotangents = arguments[len(primals) :]
             pulled = pull((cotangents[0].to(out.dtype), cotangents[1] if has_grad_lse else torch.zeros_like(lse)))
             by_name = dict(zip(primals, pulled, strict=True))
             return tuple(by_name[name] for name in wanted)
 
         cotangents = (grad_out, grad_lse) if has_grad_lse else (grad_out,)
-        _, pull = torch.func.vjp(first_order, *primals.values(), *cotangents)
+        _, pull = _vjp(first_order, *primals.values(), *cotangents)
         asked = zip(grads, ctx.output_mask, strict=True)
         pulled = pull(tuple(grad for grad, given in asked if given))
         by_name = dict(zip(primals, pulled, strict=False))
@@ -290,12 +265,15 @@ class AttentionBackward(torch.autograd.Function):
             None,
             second["sinks"],
             None,
-            *(None,) * 9,
+            None,
+            None,
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        output_mask, mask = arguments[21], arguments[8]
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        mask, output_mask = arguments[8], arguments[14]
         results = _fold_tensors(info.batch_size, in_dims[:5], arguments[:5])
         inputs = _fold_inputs(info.batch_size, in_dims[5:13], arguments[5:13], each_mask=output_mask[3])
         grads = list(AttentionBackward.apply(*results, *inputs, *arguments[13:]))
@@ -322,14 +300,7 @@ class AttentionWeights(torch.autograd.Function):
         alibi_slopes: Tensor | None,
         sinks: Tensor | None,
         seed: Tensor | None,
-        scale: float,
-        position_offset: int,
-        window_left: int,
-        window_right: int,
-        softcap: float,
-        dropout_p: float,
-        precision: str,
-        backend: str,
+        settings: tuple[Any, ...],
         average_heads: bool,
     ) -> Tensor:
         return weights_op(  # type: ignore[no-any-return]
@@ -342,21 +313,14 @@ class AttentionWeights(torch.autograd.Function):
             alibi_slopes,
             sinks,
             seed,
-            scale,
-            position_offset,
-            window_left,
-            window_right,
-            softcap,
-            dropout_p,
-            precision,
-            backend,
+            *settings,
             average_heads,
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:3], *inputs[4:7], inputs[8])
-        ctx.settings, ctx.average_heads = inputs[9:15], inputs[17]
+        ctx.settings, ctx.average_heads = inputs[9][:6], inputs[10]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -367,22 +331,14 @@ class AttentionWeights(torch.autograd.Function):
 
         def forward(*tensors: Tensor) -> Tensor:
             given = {**masks, **dict(zip(primals, tensors, strict=True))}
-            return reference.attention_weights(
-                given["query"],
-                given["key"],
-                given["lse"],
-                given["attn_mask"],
-                given["key_mask"],
-                alibi_slopes,
-                seed,
-                *ctx.settings,
-                ctx.average_heads,
-            )
+            names = ("query", "key", "lse", "attn_mask", "key_mask")
+            arguments = (*(given[name] for name in names), alibi_slopes, seed, *ctx.settings, ctx.average_heads)
+            return reference.attention_weights(*arguments)
 
-        _, pull = torch.func.vjp(forward, *primals.values())
+        _, pull = _vjp(forward, *primals.values())
         grads = dict(zip(primals, pull(grad), strict=True))
         by_position = (grads["lse"], grads["query"], grads["key"], None, grads.get("attn_mask"), grads.get("key_mask"))
-        return (*by_position, *(None,) * 12)
+        return (*by_position, None, None, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -390,6 +346,12 @@ class AttentionWeights(torch.autograd.Function):
         inputs = _fold_inputs(info.batch_size, in_dims[1:9], arguments[1:9])
         weights = AttentionWeights.apply(lse, *inputs, *arguments[9:])
         return weights.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+    """``torch.func.vjp``, without its auxiliary output."""
+    outputs, pull = torch.func.vjp(function, *primals)[:2]
+    return outputs, pull
 
 
 def _batch_of(x: Tensor, in_dim: int | None) -> int:
@@ -419,7 +381,7 @@ def _fold_inputs(
     query, mask, seed = inputs[0], inputs[3], inputs[7]
     if seed is not None and in_dims[7] is not None:
         raise ValueError("seed: got a different one for each element of vmap, expected one for all")
-    folded = _fold_tensors(size, in_dims[:3], inputs[:3]) + [None] + _fold_tensors(size, in_dims[4:7], inputs[4:7])
+    folded = [*_fold_tensors(size, in_dims[:3], inputs[:3]), None, *_fold_tensors(size, in_dims[4:7], inputs[4:7])]
     if mask is not None:
         shared = in_dims[3] is None and mask.size(0) == 1
         if shared and not each_mask:

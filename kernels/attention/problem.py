@@ -18,8 +18,8 @@ FOLLOW_TORCH = "torch"  # torch's fp32 matmul setting, read when the kernel runs
 class AttentionProblem(NamedTuple):
     """What a backend decides on and computes; the order is that of the operators' schemas.
 
-    A mask of size 1 in L says nothing about single queries, so it is merged into ``key_mask``; causality is a window that ends
-    at the query's own position. That leaves one mask per key, one per score and one band.
+    A mask of size 1 in L says nothing about single queries, so it is merged into ``key_mask``; causality is a window
+    that ends at the query's own position. That leaves one mask per key, one per score and one band.
     """
 
     query: Tensor  # (B, H, L, E), unit last stride
@@ -80,9 +80,9 @@ def canonical(
     seed: Tensor | None,
     return_lse: bool,
 ) -> AttentionProblem:
-    """Checks every argument of ``api.attention`` and returns the problem; raises ValueError or TypeError before any work."""
+    """Checks every argument of ``api.attention``: ValueError or TypeError before any work, or the canonical problem."""
     query, key, value = _check_qkv(query, key, value, enable_gqa)
-    batch, heads, len_q, head_dim = query.shape
+    len_q, head_dim = query.shape[2:]
     len_k = key.size(2)
     check_probability("dropout_p", dropout_p)
     if scale is None:
@@ -122,7 +122,9 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
         check_tensor(name, x, device=query.device)
         check_floating(name, x, query.dtype)
         if x.dim() != 4:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, length, head dim)")
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, length, head dim)"
+            )
     batch, heads, _, head_dim = query.shape
     heads_kv, len_k = key.size(1), key.size(2)
     if head_dim == 0:
@@ -183,7 +185,9 @@ def _merge_masks(
     if per_key.dtype == torch.bool:
         per_key, key_mask = key_mask, per_key
     if key_mask.dtype != torch.bool:
-        return None, per_key.to(torch.promote_types(per_key.dtype, torch.float32)) + key_mask  # no rounding to half between
+        return None, per_key.to(
+            torch.promote_types(per_key.dtype, torch.float32)
+        ) + key_mask  # no rounding to half between
     if per_key.dtype == torch.bool:
         return None, per_key & key_mask
     return None, per_key.masked_fill(~key_mask, float("-inf"))
@@ -197,7 +201,9 @@ def _per_head(name: str, x: Tensor | None, query: Tensor) -> Tensor | None:
     check_floating(name, x)
     if name == "alibi_slopes":
         if x.requires_grad:
-            raise ValueError("alibi_slopes: got a tensor that requires a gradient, expected one that does not; detach() it")
+            raise ValueError(
+                "alibi_slopes: got a tensor that requires a gradient, expected one that does not; detach() it"
+            )
         x = x.float()
         if x.dim() == 2:
             check_shape(name, x, (batch, heads), "(H,) or (B, H), here (B, H)")

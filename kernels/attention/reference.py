@@ -2,8 +2,8 @@
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d_k) V             Vaswani et al., "Attention Is All You Need", equation (1)
 
-with the rest of the contract around it: softcap, ALiBi, additive and excluding masks, sinks, dropout, empty rows. Any dtype
-and device, differentiable to any order. Half inputs are computed in fp32, as the kernels accumulate.
+with the rest of the contract around it: softcap, ALiBi, additive and excluding masks, sinks, dropout, empty rows. Any
+dtype and device, differentiable to any order. Half inputs are computed in fp32, as the kernels accumulate.
 """
 
 from __future__ import annotations
@@ -135,8 +135,10 @@ def _dropout(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
 
 
 def _used_slots(x: Tensor, query: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Key or value (B, H, S, .), its heads repeated for the query heads of their group, and 0 in every slot that a head's
-    queries all exclude, so that a NaN there goes nowhere."""
+    """Key or value as each query head uses it, (B, H, S, .).
+
+    Its heads are repeated over their group; slots that all queries of a head exclude are 0: a NaN there goes nowhere.
+    """
     group = query.size(1) // max(x.size(1), 1)
     if group > 1:
         x = x.repeat_interleave(group, dim=1)

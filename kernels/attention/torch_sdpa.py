@@ -1,10 +1,13 @@
 """The ``torch`` backend: torch's own kernels, made to meet the contract or refusing.
 
-Without dropout, on the CPU, it is torch's flash kernel as a raw forward and backward for ``op.py``, so double backward and vmap
-come from there. Everything else that torch's SDPA can express is a plain differentiable call, with torch's own dropout mask.
+Without dropout, on the CPU, it is torch's flash kernel as a raw forward and backward for ``op.py``, so double backward
+and vmap come from there. Everything else that torch's SDPA can express is a plain differentiable call, with torch's own
+dropout mask.
 """
 
 from __future__ import annotations
+
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -115,7 +118,10 @@ def backward(
 
 def _in_order_of(like: Tensor, x: Tensor) -> Tensor:
     target = empty_in_order_of(like, x.shape)
-    return x if x.stride() == target.stride() else target.copy_(x)
+    if x.stride() == target.stride():
+        return x
+    target.copy_(x)
+    return target
 
 
 def _has_mask(problem: AttentionProblem) -> bool:
@@ -139,22 +145,17 @@ def _mask(problem: AttentionProblem) -> Tensor | None:
         # A mask all heads share is an expanded view; hand SDPA the part that is there.
         shared = p.key_mask.stride(1) == 0
         masks.append((p.key_mask[:, :1] if shared else p.key_mask)[:, :, None, :])
-    visible = band(
-        p.query.size(2), p.key.size(2), p.position_offset, p.window_left, p.window_right, p.query.device
-    )
+    visible = band(p.query.size(2), p.key.size(2), p.position_offset, p.window_left, p.window_right, p.query.device)
     if visible is not None:
         masks.append(visible[None, None])
     if not masks:
         return None
     keep = [mask for mask in masks if mask.dtype == torch.bool]
     added = [mask for mask in masks if mask.dtype != torch.bool]
-    kept = keep[0] if keep else None
-    for mask in keep[1:]:
-        kept = kept & mask
     if not added:
-        return kept
-    total = added[0] if len(added) == 1 else added[0] + added[1]
-    return total if kept is None else total.where(kept, float("-inf"))
+        return reduce(torch.logical_and, keep)
+    total = reduce(torch.add, added)
+    return total.where(reduce(torch.logical_and, keep), float("-inf")) if keep else total
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -170,7 +171,8 @@ def _slots_any_head_uses(problem: AttentionProblem) -> Tensor:
     heads_kv = p.key.size(1)
     if p.key_mask.stride(1) == 0:
         return takes_part(p.key_mask[:, :1]).expand(-1, heads_kv, -1)
-    return takes_part(p.key_mask).unflatten(1, (heads_kv, -1)).any(dim=2)
+    used: Tensor = takes_part(p.key_mask).unflatten(1, (heads_kv, -1))
+    return used.any(dim=2)
 
 
 def _used_slots(problem: AttentionProblem) -> tuple[Tensor, Tensor]:

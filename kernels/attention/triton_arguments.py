@@ -102,7 +102,7 @@ def problem_arguments(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
 
 
 def takes_descriptors(problem: AttentionProblem) -> bool:
-    """Whether key and value can be loaded through tensor descriptors: 16-byte aligned, and no slot to be zeroed at load."""
+    """Whether key and value can be loaded through descriptors: 16-byte aligned, and no slot to be zeroed at load."""
     p = problem
     return p.key_mask is None and all(
         x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])

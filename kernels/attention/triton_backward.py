@@ -1,8 +1,8 @@
-"""Attention backward: Δ, then dK and dV by blocks of keys, dQ by blocks of queries, and the gradient of a floating mask.
+"""Attention backward: Δ, then dK and dV by blocks of keys, and dQ by blocks of queries.
 
-Every gradient is summed by the one program that owns it, in a fixed order: no atomics, the same bits every time. The weights
-are recomputed from the log-sum-exp (``triton_gradients.py`` has the equations); nothing of size L x S is written but the
-gradient of a mask that has that shape.
+Every gradient is summed by the one program that owns it, in a fixed order: no atomics, the same bits every time. The
+weights are recomputed from the log-sum-exp (``triton_gradients.py`` has the equations); nothing of size L x S is
+written but the gradient of a mask that has that shape.
 """
 
 import triton
@@ -127,7 +127,7 @@ def attention_backward_dkdv_kernel(
     if HAS_LEFT:
         full_high = full_high // BLOCK_M * BLOCK_M
 
-    for member in range(0, group):
+    for member in range(group):
         h = h_kv * group + member
         matrix = (b * heads + h).to(tl.int32)
         used = None
@@ -284,9 +284,7 @@ def attention_backward_dq_kernel(
     grad_base = grad_out_ptr + b * grad_out_strides[0] + h * grad_out_strides[1]
     q = load_rows(q_base, start_m, q_strides[2], len_q, BLOCK_M, HEAD_DIM, BLOCK_E)
     grad_out = load_rows(grad_base, start_m, grad_out_strides[2], len_q, BLOCK_M, VALUE_DIM, BLOCK_EV)
-    lse, residual, delta = load_row_scalars(
-        lse_ptr, lse_residual_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M
-    )
+    lse, residual, delta = load_row_scalars(lse_ptr, lse_residual_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M)
     band = (position_offset, window_left, window_right)
     rows = (start_m + tl.arange(0, BLOCK_M))[:, None]
     bias = None

@@ -1,8 +1,8 @@
 """The gradient of a floating mask, in the mask's own shape.
 
-The mask is added to the scores, so its gradient is dS, summed over every dimension in which it broadcasts. A program owns one
-tile of the mask and recomputes dS for each batch and head that reads it, in order: deterministic, and nothing larger than the
-mask is written.
+The mask is added to the scores, so its gradient is dS, summed over every dimension in which it broadcasts. A program
+owns one tile of the mask and recomputes dS for each batch and head that reads it, in order: deterministic, and nothing
+larger than the mask is written.
 """
 
 import triton
@@ -87,7 +87,7 @@ def attention_backward_bias_kernel(
         if HAS_LEFT:
             inside = inside & (start_n + BLOCK_N - 1 >= first_position - window_left)
         if inside:
-            for reader in range(0, sum_batch * sum_heads):
+            for reader in range(sum_batch * sum_heads):
                 # Where the mask does not broadcast, the one reader is the owner itself.
                 b = bias_b + reader // sum_heads
                 h = bias_h + reader % sum_heads

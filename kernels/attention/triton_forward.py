@@ -2,8 +2,8 @@
 
     O = softmax(Q Kᵀ / √d_k) V
 
-A program keeps one block of queries and walks over the keys. The softmax is online (Milakov and Gimelshein, 2018; Dao et al.,
-2022): with the largest score so far m and the sum l of exp(score - m), a new block of scores S updates
+A program keeps one block of queries and walks over the keys. The softmax is online (Milakov and Gimelshein, 2018; Dao
+et al., 2022): with the largest score so far m and the sum l of exp(score - m), a new block of scores S updates
 
     m' = max(m, max S)      P = exp(S - m')      α = exp(m - m')      l' = α l + Σ P      O' = α O + P V
 
@@ -171,8 +171,8 @@ def attention_forward_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One program for each (batch, head, query block); neighbours share a head's keys in the cache. Under causality later
-    # queries see more keys: they start first, so that the short ones fill the gaps at the end.
+    # One program for each (batch, head, query block); neighbours share a head's keys in the cache. Under causality
+    # later queries see more keys: they start first, so that the short ones fill the gaps at the end.
     blocks = tl.cdiv(len_q, BLOCK_M)
     matrix = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -274,4 +274,3 @@ def attention_forward_kernel(
     offsets = matrix.to(tl.int64) * len_q + rows
     tl.store(lse_ptr + offsets, tl.where(empty, MINUS_INF, lse), mask=rows < len_q)
     tl.store(lse_residual_ptr + offsets, residual, mask=rows < len_q)
-

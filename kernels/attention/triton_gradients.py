@@ -1,6 +1,7 @@
 """What the backward kernels share: one tile of weights and score gradients, recomputed from the log-sum-exp.
 
-With P = exp(S - lse), dropout mask M (kept / (1 - p), or 1) and Δ = rowsum(dO ∘ O) - dlse (Dao et al., 2022, section B.2):
+With P = exp(S - lse), dropout mask M (kept / (1 - p), or 1) and Δ = rowsum(dO ∘ O) - dlse (Dao et al., 2022, section
+B.2):
 
     dP = (dO Vᵀ) ∘ M      dS = P ∘ (dP - Δ)      dV += (P ∘ M)ᵀ dO      dQ += dS K · scale      dK += dSᵀ Q · scale
 """
@@ -17,7 +18,7 @@ STREAM_ATTENTION = tl.constexpr(philox.STREAM_ATTENTION)
 
 @triton.jit
 def load_row_scalars(lse_ptr, lse_residual_ptr, delta_ptr, matrix, start_m, len_q, BLOCK_M: tl.constexpr):
-    """``(lse, its residual, delta)`` of a block of queries; lse +inf in empty rows and past the end, which makes their weights 0."""
+    """``(lse, its residual, delta)`` of a block of queries; lse +inf in empty rows and past the end: weights 0."""
     rows = start_m + tl.arange(0, BLOCK_M)
     offsets = matrix.to(tl.int64) * len_q + rows
     lse = tl.load(lse_ptr + offsets, mask=rows < len_q, other=float("inf"))

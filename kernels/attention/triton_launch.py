@@ -14,9 +14,8 @@ import triton
 from torch import Tensor
 
 from ..common.device import architecture
-from ..common.library import empty_in_order_of
+from ..common.library import empty_in_order_of, gradient_like
 from .config import Tile, pick_config
-from .op import gradient_like
 from .problem import AttentionProblem
 from .triton_arguments import broadcast_strides, problem_arguments, strides
 from .triton_backward import (
@@ -71,7 +70,7 @@ def backward_launches(
     grads: tuple[Tensor | None, ...],
     arch: str,
 ) -> list[Launch]:
-    """The launches that fill ``delta`` and those of ``grads`` (query, key, value, attn_mask, key_mask) that are not None."""
+    """The launches that fill ``delta``, and of ``grads`` (query, key, value, attn_mask, key_mask) those not None."""
     p = problem
     grad_query, grad_key, grad_value, grad_mask, grad_key_mask = grads
     batch, heads, len_q, _ = p.query.shape
@@ -156,6 +155,7 @@ def backward(
     p = problem
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    lse, lse_residual = lse.contiguous(), lse_residual.contiguous()  # vmap shares one among many by a stride of 0
     delta = torch.empty_like(lse)
     wants_query, wants_key, wants_value, wants_mask, wants_key_mask, wants_sinks = output_mask
     # One kernel fills these three, so that each wanted one brings the others.
@@ -198,4 +198,6 @@ def _tile(kernel: str, problem: AttentionProblem, arch: str) -> Tile:
 def _launch(kernel: Any, programs: int, problem: AttentionProblem, tile: Tile, own: dict[str, Any]) -> Launch:
     """The kernel's parameters, each from its own arguments or from those that all kernels share."""
     shared = problem_arguments(problem, tile)
-    return Launch(kernel, programs, {name: own[name] if name in own else shared[name] for name in kernel.arg_names}, tile)
+    return Launch(
+        kernel, programs, {name: own[name] if name in own else shared[name] for name in kernel.arg_names}, tile
+    )

@@ -1,7 +1,7 @@
 """What the forward, backward and weight kernels share: one tile of scores, and loads of its operands.
 
-Index tensors come shaped by the caller: rows (BLOCK_M, 1) and columns (1, BLOCK_N), or transposed, (1, BLOCK_M) and (BLOCK_N, 1).
-Everything below is the same for both.
+Index tensors come shaped by the caller: rows (BLOCK_M, 1) and columns (1, BLOCK_N), or transposed, (1, BLOCK_M) and
+(BLOCK_N, 1). Everything below is the same for both.
 """
 
 import triton
@@ -13,7 +13,7 @@ MINUS_INF = tl.constexpr(float("-inf"))
 
 @triton.jit
 def load_rows(base, start, stride, length, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, used=None):
-    """(BLOCK, BLOCK_DIM) from row ``start`` of a matrix with unit last stride; 0 past its ends and in rows not ``used``."""
+    """(BLOCK, BLOCK_DIM) from row ``start`` of a matrix of unit last stride; 0 past its ends, in rows not ``used``."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, BLOCK_DIM)
     # The scalar part in 64 bits moves the pointer; within a tile the offsets are loop invariant.
@@ -40,7 +40,7 @@ def store_rows(base, start, stride, length, tile, BLOCK: tl.constexpr, DIM: tl.c
 
 @triton.jit
 def load_key_mask(key_mask, start_n, len_k, BLOCK_N: tl.constexpr, KEY_MASK_IS_BOOL: tl.constexpr):
-    """``(used, added)``, each (BLOCK_N,): which keys take part, and what the mask adds to their scores if it is floating."""
+    """``(used, added)``, each (BLOCK_N,): which keys take part, and what a floating mask adds to their scores."""
     pointer, stride = key_mask
     columns = start_n + tl.arange(0, BLOCK_N)
     inside = columns < len_k
@@ -82,9 +82,9 @@ def visible_keys(
 ):
     """``(low, full_low, full_high, high)``: what a block of queries visits.
 
-    Keys outside [low, high) are seen by none of the queries; in [full_low, full_high) no edge of the band and no end of the
-    keys is crossed. Multiples of BLOCK_N but for ``high``. Walk [low, min(full_low, high)), [full_low, full_high) and
-    [max(full_low, full_high), high).
+    Keys outside [low, high) are seen by none of the queries; in [full_low, full_high) no edge of the band and no end of
+    the keys is crossed. Multiples of BLOCK_N but for ``high``. Walk [low, min(full_low, high)), [full_low, full_high)
+    and [max(full_low, full_high), high).
     """
     position_offset, window_left, window_right = band
     first_position = start_m + position_offset
@@ -152,7 +152,7 @@ def score_tile(
     HAS_RIGHT: tl.constexpr,
     BOUNDED: tl.constexpr,  # the tile crosses an edge of the band or the end of the keys
 ):
-    """``(scores, tanh)``: scores with -inf where excluded, and the softcap's tanh for its derivative (meaningless without one).
+    """``(scores, tanh)``: scores with -inf where excluded, and the softcap's tanh for its derivative.
 
     With SCALE_LATER the caller multiplies by the scale where it takes the exponential: one fused multiply-add.
     """

@@ -1,7 +1,7 @@
-"""The attention weights from the log-sum-exp: ``P = exp(S - lse)`` after dropout, one head at a time or averaged over the heads.
+"""The attention weights from the log-sum-exp: ``P = exp(S - lse)`` after dropout.
 
-A program owns one tile of (queries, keys). Averaging walks over the heads with that tile in registers, so no (B, H, L, S) tensor
-exists.
+A program owns one tile of (queries, keys), of one head or of the average over heads: then it walks over the heads with
+the tile in registers, so that no (B, H, L, S) tensor exists.
 """
 
 import triton
@@ -64,7 +64,7 @@ def attention_weights_kernel(
     band = (position_offset, window_left, window_right)
     first_matrix = owner * heads if AVERAGE_HEADS else owner
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for member in range(0, heads if AVERAGE_HEADS else 1):
+    for member in range(heads if AVERAGE_HEADS else 1):
         matrix = first_matrix + member
         b = (matrix // heads).to(tl.int64)
         h = (matrix % heads).to(tl.int64)

@@ -1,7 +1,7 @@
 """Backends as data: which there are, which one runs a problem, and why each other one refuses it.
 
-An operation lists its candidates in ``ORDER``. Each looks at metadata alone (shapes, dtypes, devices, flags) and returns its
-reasons for refusing; ``auto`` takes the first without any, a backend asked for by name runs or raises.
+An operation lists its candidates in ``ORDER``. Each looks at metadata alone (shapes, dtypes, devices, flags) and
+returns its reasons for refusing; ``auto`` takes the first without any, a backend asked for by name runs or raises.
 """
 
 from __future__ import annotations

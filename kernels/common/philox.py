@@ -1,9 +1,9 @@
 """Dropout masks as a function of (seed, element index): Philox 4x32-10.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC'11.
-One call with counter ``(column // 8, row, matrix, stream)`` and key ``seed`` gives four 32-bit words: eight 16-bit lanes, low
-half first, one for each of eight consecutive columns. An element is kept when its lane is at least ``threshold(p)``.
-``triton_philox.py`` is the same function for kernels; a test holds the two to the same bits.
+One call with counter ``(column // 8, row, matrix, stream)`` and key ``seed`` gives four 32-bit words: eight 16-bit
+lanes, low half first, one for each of eight consecutive columns. An element is kept when its lane is at least
+``threshold(p)``. ``triton_philox.py`` is the same function for kernels; a test holds the two to the same bits.
 """
 
 from __future__ import annotations

@@ -31,7 +31,14 @@ def philox_4x32(c0, c1, c2, c3, key_0, key_1):
 
 @triton.jit
 def keep_tile(
-    seed_ptr, matrix, start_row, start_column, drop_below, STREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    seed_ptr,
+    matrix,
+    start_row,
+    start_column,
+    drop_below,
+    STREAM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Bool (ROWS, COLUMNS), True = kept. ``start_column`` is a multiple of eight, as is COLUMNS."""
     key_0 = tl.load(seed_ptr).to(tl.uint32)
