@@ -340,8 +340,7 @@ def _run(backend: str, problem: AttentionProblem) -> tuple[Tensor, Tensor | None
     problem = _with_seed(problem)
     if backend == "reference":
         return reference.attention(*problem[:14])[:2]
-    out, lse, _ = op.AttentionForward.apply(*_distinct(problem)[:8], (*problem[8:15], backend))
-    return out, lse
+    return op.attend(_distinct(problem)[:8], (*problem[8:15], backend), problem.requires_grad)
 
 
 def _run_weights(backend: str, problem: AttentionProblem, lse: Tensor, average_heads: bool) -> Tensor:

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.library import LIBRARY, NAMESPACE, empty_in_order_of, gradient_like
+from ..common.library import (
+    LIBRARY,
+    NAMESPACE,
+    apply_function,
+    empty_in_order_of,
+    gradient_like,
+    is_transformed,
+)
 from . import reference
 from .problem import AttentionProblem
 
@@ -61,6 +68,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if arguments[-1] == "torch":
+        return _forward(*arguments)  # torch's operators, which have fakes of their own
     query, _, value = arguments[:3]
     batch, heads, len_q, _ = query.shape
     out = empty_in_order_of(query, (batch, heads, len_q, value.size(3)))
@@ -81,6 +90,8 @@ def _backward(
 def _backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, lse_residual: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
+    if arguments[-2] == "torch":
+        return _backward(grad_out, grad_lse, out, lse, lse_residual, *arguments)
     *arguments, output_mask = arguments  # type: ignore[assignment]
     query, key, value, attn_mask, key_mask, _, sinks = arguments[:7]
     return tuple(
@@ -162,7 +173,11 @@ class AttentionForward(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         wanted = ctx.needs_input_grad
         output_mask = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[6]]
-        grads = AttentionBackward.apply(grad_out, grad_lse, out, lse, lse_residual, *inputs, ctx.settings, output_mask)
+        results = (grad_out, grad_lse, out, lse, lse_residual)
+        if torch.is_grad_enabled() or is_transformed():
+            grads = AttentionBackward.apply(*results, *inputs, ctx.settings, output_mask)
+        else:
+            grads = backward_op(*results, *inputs, *ctx.settings, output_mask)
         query, key, value, attn_mask, key_mask, sinks = (
             grad if needed else None for grad, needed in zip(grads, output_mask, strict=True)
         )
@@ -346,6 +361,13 @@ class AttentionWeights(torch.autograd.Function):
         inputs = _fold_inputs(info.batch_size, in_dims[1:9], arguments[1:9])
         weights = AttentionWeights.apply(lse, *inputs, *arguments[9:])
         return weights.unflatten(0, (info.batch_size, -1)), 0
+
+
+def attend(inputs: tuple[Any, ...], settings: tuple[Any, ...], requires_grad: bool) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` from the eight tensors of a problem and its settings, the last of them the backend's name."""
+    if requires_grad or is_transformed():
+        return apply_function(AttentionForward, *inputs, settings)[:2]  # type: ignore[no-any-return]
+    return forward_op(*inputs, *settings)[:2]  # type: ignore[no-any-return]
 
 
 def _vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:

@@ -8,6 +8,9 @@ dtype and device, differentiable to any order. Half inputs are computed in fp32,
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +39,7 @@ def attention(
 
     (B, H, L, Ev) in the dtype of query; (B, H, L) and (B, H, L, S), after dropout, in the dtype of the computation.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         scores = _scores(
             query, key, attn_mask, key_mask, alibi_slopes, scale, position_offset, window_left, window_right, softcap
         )
@@ -63,7 +66,7 @@ def attention_weights(
     average_heads: bool,
 ) -> Tensor:
     """The weights that multiply the values, from the log-sum-exp: (B, H, L, S), or (B, L, S) averaged over heads."""
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device.type):
         scores = _scores(
             query, key, attn_mask, key_mask, alibi_slopes, scale, position_offset, window_left, window_right, softcap
         )
@@ -71,6 +74,13 @@ def attention_weights(
         weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp()  # an empty row's scores are all -inf
         weights = _dropout(weights, seed, dropout_p)
         return (weights.mean(dim=1) if average_heads else weights).to(query.dtype)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The products below are to run in the dtype they are given; autocast, where it is on, has been applied before."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _scores(
@@ -121,8 +131,10 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     empty = total == 0.0
     total = total.masked_fill(empty, 1.0)
     lse = (largest + total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
+    # Filled although they are 0 already: the gradient sent to an excluded slot may be inf, and 0 times that NaN.
+    weights = (weights / total).masked_fill(scores == float("-inf"), 0.0)
     extra = 1 if sinks is None else 2
-    return (weights / total)[..., : weights.size(-1) - extra], lse
+    return weights[..., : weights.size(-1) - extra], lse
 
 
 def _dropout(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..common.checks import dtype_name
-from ..common.library import empty_in_order_of
 from .masks import band, takes_part
 from .problem import FOLLOW_TORCH, AttentionProblem
 
@@ -62,8 +61,10 @@ def workspace(problem: AttentionProblem) -> int:
 
 
 def runs_flash(problem: AttentionProblem) -> bool:
-    """Whether the problem goes to the flash kernel by ``op.py``, or to :func:`composite`."""
+    """Whether the problem goes to the flash kernel by ``op.py``, whose gradients compose, or to :func:`composite`."""
     p = problem
+    if not p.requires_grad and not torch._C._are_functorch_transforms_active():
+        return False
     masks_with_grad = any(mask is not None and mask.requires_grad for mask in (p.attn_mask, p.key_mask))
     same_head_dim = p.query.size(3) == p.value.size(3)
     return p.query.device.type == "cpu" and p.dropout_p == 0.0 and same_head_dim and not masks_with_grad
@@ -72,16 +73,15 @@ def runs_flash(problem: AttentionProblem) -> bool:
 def composite(problem: AttentionProblem) -> Tensor:
     """The output by ``torch.nn.functional.scaled_dot_product_attention``, differentiated by torch."""
     p = problem
-    with torch.autocast(p.query.device.type, enabled=False):
-        return torch.nn.functional.scaled_dot_product_attention(
-            p.query,
-            *_used_slots(p),
-            attn_mask=_mask(p),
-            dropout_p=p.dropout_p,
-            is_causal=_says_is_causal(p),
-            scale=p.scale,
-            enable_gqa=p.query.size(1) != p.key.size(1),
-        )
+    return torch.nn.functional.scaled_dot_product_attention(
+        p.query,
+        *_used_slots(p),
+        attn_mask=_mask(p),
+        dropout_p=p.dropout_p,
+        is_causal=_says_is_causal(p),
+        scale=p.scale,
+        enable_gqa=p.query.size(1) != p.key.size(1),
+    )
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +89,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     p = problem
     mask = _additive(_mask(p), p.query.dtype)
     out, lse = _flash(p.query, *_used_slots(p), 0.0, _says_is_causal(p), attn_mask=mask, scale=p.scale)
-    lse = lse.contiguous()
-    return _in_order_of(p.query, out), lse, torch.zeros_like(lse)
+    return out, lse, torch.zeros_like(lse)
 
 
 def backward(
@@ -112,16 +111,8 @@ def backward(
     if p.key_mask is not None:
         unused = ~_slots_any_head_uses(p)[..., None]
         grad_key, grad_value = grad_key.masked_fill(unused, 0.0), grad_value.masked_fill(unused, 0.0)
-    grads = (_in_order_of(x, grad) for x, grad in zip(p[:3], (grad_query, grad_key, grad_value), strict=True))
+    grads = (grad_query, grad_key, grad_value)
     return (*(grad if wanted else None for grad, wanted in zip(grads, output_mask[:3], strict=True)), None, None, None)
-
-
-def _in_order_of(like: Tensor, x: Tensor) -> Tensor:
-    target = empty_in_order_of(like, x.shape)
-    if x.stride() == target.stride():
-        return x
-    target.copy_(x)
-    return target
 
 
 def _has_mask(problem: AttentionProblem) -> bool:

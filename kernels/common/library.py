@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,3 +25,15 @@ def empty_in_order_of(like: Tensor, shape: Sequence[int], dtype: torch.dtype | N
 def gradient_like(x: Tensor) -> Tensor:
     """Uninitialised memory for the gradient of ``x``: 4-D tensors keep their order in memory, others are contiguous."""
     return empty_in_order_of(x, x.shape) if x.dim() == 4 else x.new_empty(x.shape)
+
+
+def is_transformed() -> bool:
+    """Whether Dynamo or a ``torch.func`` transform is watching: operators then need their autograd function."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``; in eager mode without binding its signature, which costs more than the call."""
+    if is_transformed():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
