@@ -24,6 +24,7 @@ from ..common.library import (
 )
 from . import reference
 from .problem import AttentionProblem
+from .vmap import batch_of, fold_inputs, fold_tensors, unfold
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_mask, Tensor? alibi_slopes, Tensor? sinks, "
@@ -185,9 +186,9 @@ class AttentionForward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        folded = _fold_inputs(info.batch_size, in_dims[:8], arguments[:8])
+        folded = fold_inputs(info.batch_size, in_dims[:8], arguments[:8])
         outputs = AttentionForward.apply(*folded, *arguments[8:])
-        return _unfold(info.batch_size, outputs), (0, 0, 0)
+        return unfold(info.batch_size, outputs), (0, 0, 0)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -289,14 +290,14 @@ class AttentionBackward(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         mask, output_mask = arguments[8], arguments[14]
-        results = _fold_tensors(info.batch_size, in_dims[:5], arguments[:5])
-        inputs = _fold_inputs(info.batch_size, in_dims[5:13], arguments[5:13], each_mask=output_mask[3])
+        results = fold_tensors(info.batch_size, in_dims[:5], arguments[:5])
+        inputs = fold_inputs(info.batch_size, in_dims[5:13], arguments[5:13], each_mask=output_mask[3])
         grads = list(AttentionBackward.apply(*results, *inputs, *arguments[13:]))
         unfolded = [
             grad.unflatten(0, (info.batch_size, -1)) if wanted else grad
             for grad, wanted in zip(grads, output_mask, strict=True)
         ]
-        if output_mask[3] and _batch_of(mask, in_dims[8]) == 1:
+        if output_mask[3] and batch_of(mask, in_dims[8]) == 1:
             unfolded[3] = unfolded[3].sum(dim=1, keepdim=True)
         return tuple(unfolded), tuple(0 if wanted else None for wanted in output_mask)
 
@@ -357,8 +358,8 @@ class AttentionWeights(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-        (lse,) = _fold_tensors(info.batch_size, in_dims[:1], arguments[:1])
-        inputs = _fold_inputs(info.batch_size, in_dims[1:9], arguments[1:9])
+        (lse,) = fold_tensors(info.batch_size, in_dims[:1], arguments[:1])
+        inputs = fold_inputs(info.batch_size, in_dims[1:9], arguments[1:9])
         weights = AttentionWeights.apply(lse, *inputs, *arguments[9:])
         return weights.unflatten(0, (info.batch_size, -1)), 0
 
@@ -374,48 +375,3 @@ def _vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[
     """``torch.func.vjp``, without its auxiliary output."""
     outputs, pull = torch.func.vjp(function, *primals)[:2]
     return outputs, pull
-
-
-def _batch_of(x: Tensor, in_dim: int | None) -> int:
-    """The size of the batch dimension inside vmap, where ``in_dim`` is not counted."""
-    return x.size(0 if in_dim is None or in_dim > 0 else 1)
-
-
-def _fold_tensors(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Any, ...]) -> list[Tensor | None]:
-    """Each (B, ...) tensor as (size * B, ...): vmap's dimension becomes part of the batch."""
-    folded: list[Tensor | None] = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        if x is None:
-            folded.append(None)
-            continue
-        moved = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-        folded.append(moved.flatten(0, 1))
-    return folded
-
-
-def _fold_inputs(
-    size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], each_mask: bool = False
-) -> list[Tensor | None]:
-    """The eight tensors of a problem with vmap's dimension folded into the batch.
-
-    A mask shared by the batch and by all of vmap stays shared, unless ``each_mask`` asks for its gradient under vmap.
-    """
-    query, mask, seed = inputs[0], inputs[3], inputs[7]
-    if seed is not None and in_dims[7] is not None:
-        raise ValueError("seed: got a different one for each element of vmap, expected one for all")
-    folded = [*_fold_tensors(size, in_dims[:3], inputs[:3]), None, *_fold_tensors(size, in_dims[4:7], inputs[4:7])]
-    if mask is not None:
-        shared = in_dims[3] is None and mask.size(0) == 1
-        if shared and not each_mask:
-            folded[3] = mask
-        else:
-            moved = mask.expand(size, *mask.shape) if in_dims[3] is None else mask.movedim(in_dims[3], 0)
-            batch = _batch_of(query, in_dims[0])
-            folded[3] = moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1)
-    # Flattening an expanded or moved tensor may leave a last stride that is not 1.
-    folded[:3] = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in folded[:3]]
-    return [*folded, seed]
-
-
-def _unfold(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.unflatten(0, (size, -1)) for x in tensors)
