@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the benchmark; ``python -m benchmarks numerics | report | inspect | features``: the other commands."""
+"""``python -m benchmarks``: the benchmark. The other commands go by their name: ``python -m benchmarks numerics``."""
 
 from __future__ import annotations
 

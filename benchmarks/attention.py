@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import fusedformer
+from fusedformer import functional as F
 from tests.cases import Inputs
 
 from .cases import AttentionCase, flops, moved_bytes
@@ -13,11 +15,10 @@ from .gate import Gate
 from .memory import peak_bytes
 from .options import Options
 from .peers import (
-    OURS,
+    PLAIN,
     Peer,
     PeerFailed,
     default_sdpa,
-    explanation,
     failures,
     ours,
     peers,
@@ -26,7 +27,7 @@ from .peers import (
     too_large,
     without,
 )
-from .rows import AttentionRow
+from .rows import OURS, AttentionRow
 from .timing import GRAPH_BELOW_SECONDS, Timing, graph_seconds, measure, stopwatch_for, threads_set_to
 
 
@@ -34,82 +35,82 @@ def attention_rows(case: AttentionCase, options: Options, ceilings: Sequence[Cei
     """One row for each peer and number of threads. Ours, if it is wrong, is not timed."""
     given = case.inputs(options.device_type)
     timed = without(given, "seed")  # a user gives none
-    contenders = {peer.name: peer for peer in peers(options.device_type, compiled=options.full)}
-    judged = _judged(case, given, timed, contenders)
+    contenders = peers(options.device_type, compiled=options.full)
+    seconds = flops(given, case.direction) / ceilings[-1].matmul[case.dtype]
+    too_slow = f"a call takes {seconds:.1f} s at the rate this machine multiplies {case.dtype} matrices"
+    untimed = judged(case, given, timed, contenders, too_slow if seconds > options.patience else "")
+    ready = [peer for peer, row in zip(contenders, untimed, strict=True) if row.status == "ok"]
     rows: list[AttentionRow] = []
     for ceiling in ceilings:
-        ready = [contenders[row.peer] for row in judged if row.status == "ok"]
         try:
             with threads_set_to(ceiling.threads):
                 timings = _timings(ready, timed, options, case.direction)
         except failures() as error:
-            failure = {"status": "failed", "reason": f"while timing: {error}"}
-            rows += [replace(row, threads=ceiling.threads, **failure) for row in judged]
+            reason = f"while timing: {error}"
+            rows += [replace(row, threads=ceiling.threads, status="failed", reason=reason) for row in untimed]
             continue
-        rows += [_timed(row, timings, ceiling) for row in judged]
+        rows += [_timed(row, timings, ceiling) for row in untimed]
     return rows
 
 
-def _judged(case: AttentionCase, given: Inputs, timed: Inputs, contenders: Mapping[str, Peer]) -> list[AttentionRow]:
-    """The rows before any timing: whether each peer runs, how far it is from float64, and the memory it takes."""
-    explained = explanation(timed, case.direction)
-    default = default_sdpa(timed)
-    reason = ""
-    if case.dropout_p and explained.backend == "torch":
+def judged(
+    case: AttentionCase, given: Inputs, timed: Inputs, contenders: Iterable[Peer], too_slow: str = ""
+) -> list[AttentionRow]:
+    """The rows before any timing: whether each peer runs, how far it is from float64, and the memory it takes.
+
+    Args:
+        given: the case's inputs.
+        timed: the same as a user would give them, without a seed.
+        contenders: the peers.
+        too_slow: why the equation in plain torch operations is not waited for; "" where it is.
+    """
+    asked = timed if case.direction == "forward" else timed.leaves()[0]
+    explained = fusedformer.explain(F.attention, asked.query, asked.key, asked.value, **asked.options)
+    default = default_sdpa(asked)
+    backend, reason = str(explained.backend), ""
+    if case.dropout_p and backend == "torch":
         given, reason = without(given, "seed", "dropout_p"), "judged without dropout: torch draws its own mask"
-    gate = Gate(given, case.direction)
-    blank = AttentionRow(
-        case=case.name,
-        peer="",
-        dtype=case.dtype,
-        direction=case.direction,
-        family=case.family,
-        length=case.len_k or case.len_q,
-        threads=0,
-        status="ok",
-        reason=reason,
-        timing=None,
-        flops=flops(given, case.direction),
-        moved_bytes=moved_bytes(given, case.direction),
-        peak_bytes=None,
-        ceiling_share=None,
-        error=None,
-        eager_error=None,
-        within_contract=None,
-        checked=gate.checked,
-        best_peer="",
-        speedup=None,
-        backend="",
-        is_default=False,
-        explanation="",
-    )
+    gate = Gate(given, case.direction, backend)
     rows = []
-    for name, peer in contenders.items():
-        row = replace(blank, peer=name, is_default=name == default)
-        if name == OURS:
-            # By name, since a seed can change auto's choice, and what is judged shall be what is timed.
-            peer = ours(str(explained.backend))
-            row = replace(row, backend=str(explained.backend), explanation=str(explained))
-        rows.append(_tried(row, peer, given, gate))
+    for peer in contenders:
+        row = AttentionRow(
+            case=case.name,
+            peer=peer.name,
+            dtype=case.dtype,
+            direction=case.direction,
+            family=case.family,
+            length=case.len_k or case.len_q,
+            flops=flops(given, case.direction),
+            moved_bytes=moved_bytes(given, case.direction),
+            checked=gate.checked,
+            reason=reason,
+            is_default=peer.name == default,
+        )
+        if row.is_ours:
+            row = replace(row, backend=backend, explanation=str(explained))
+        refusal = too_slow if too_slow and peer.name in PLAIN else too_large(peer, given)
+        if refusal is None:
+            rows.append(_tried(row, peer, given, timed, gate))
+        else:
+            rows.append(replace(row, status="not run", reason=refusal))
     return rows
 
 
-def _tried(row: AttentionRow, peer: Peer, given: Inputs, gate: Gate) -> AttentionRow:
-    refusal = too_large(peer, given)
-    if refusal is not None:
-        return replace(row, status="not run", reason=refusal)
+def _tried(row: AttentionRow, peer: Peer, given: Inputs, timed: Inputs, gate: Gate) -> AttentionRow:
+    # Ours by name, since a seed can change auto's choice, and what is judged shall be what is timed.
+    judged_peer = ours(row.backend) if row.is_ours else peer
     try:
-        found = results(peer, given, row.direction)
-        peak = peak_bytes(lambda: results(peer, given, row.direction), given.query.device.type)
+        found = results(judged_peer, given, row.direction)
+        peak = peak_bytes(lambda: results(peer, timed, row.direction), timed.query.device.type)
     except PeerFailed as failure:
         return replace(row, status="failed", reason=str(failure))
-    if "seed" in given.options and peer.name != OURS:
+    if "seed" in given.options and not row.is_ours:
         return replace(row, peak_bytes=peak, reason="not judged: it draws its own dropout mask")
     verdict = gate.judge(found)
     is_wrong = verdict.wrong is not None
     return replace(
         row,
-        status="wrong" if is_wrong and peer.name == OURS else "ok",
+        status="wrong" if is_wrong and row.is_ours else "ok",
         reason=verdict.wrong or row.reason,
         peak_bytes=peak,
         error=verdict.error,

@@ -56,20 +56,31 @@ class AttentionCase:
             raise ValueError("dropout_p: got one together with a mask; the correctness gate judges them apart")
 
     @property
+    def features(self) -> str:
+        present = {
+            "causal": self.is_causal,
+            "padding": self.key_padding,
+            f"{self.mask.replace(' ', '-')}-mask": self.mask,
+            "dropout": self.dropout_p,
+        }
+        return "+".join(name for name, is_there in present.items() if is_there) or "dense"
+
+    @property
     def name(self) -> str:
-        return f"{self.dtype}-{self.direction}-{self.problem}"
+        heads = f"H{self.heads}" if self.heads_kv is None else f"H{self.heads}/{self.heads_kv}"
+        lengths = f"N{self.len_q}" if self.len_k is None else f"L{self.len_q}-S{self.len_k}"
+        return f"{self.dtype}-{self.direction}-{self.features}-B{self.batch}-{heads}-{lengths}-D{self.head_dim}"
 
     @property
     def family(self) -> str:
         """What it shares with the cases of the same sweep, which differ in length alone."""
-        return f"{self.dtype} {self.direction}, {self.problem.name}, head dim {self.head_dim}"
+        return f"{self.dtype} {self.direction}, {self.features}, head dim {self.head_dim}"
 
     @property
     def problem(self) -> Case:
         """The problem as the tests declare theirs, laid out as a layer's projections leave it."""
-        features = {"causal": self.is_causal, "padding": self.key_padding, self.mask: self.mask, "dropout": self.dropout_p}
         return Case(
-            "+".join(name for name, present in features.items() if present) or "dense",
+            "benchmark",
             self.batch,
             self.heads,
             self.heads_kv,
@@ -112,8 +123,8 @@ def flops(inputs: Inputs, direction: str) -> float:
 def moved_bytes(inputs: Inputs, direction: str) -> int:
     """What must cross memory at least: every operand read once, every result written once.
 
-    Forward reads query, key, value and masks and writes the output; backward reads those, the output and its gradient, and
-    writes the gradients of query, key, value and a float mask.
+    Forward reads query, key, value and masks and writes the output; backward reads those, the output and its gradient,
+    and writes the gradients of query, key, value and a float mask.
     """
 
     def size(x: Tensor) -> int:
@@ -129,7 +140,7 @@ def moved_bytes(inputs: Inputs, direction: str) -> int:
 
 
 def selected(device_type: str, full: bool, pattern: str = "", quick: bool = False) -> list[AttentionCase]:
-    """The cases for this device whose name the regular expression ``pattern`` finds; ``quick``: the miniature ones alone."""
+    """The cases for this device whose name the expression ``pattern`` finds; ``quick``: miniature ones instead."""
     cases = MINIATURES if quick else ATTENTION
     chosen = [case for case in cases if device_type in case.devices and (full or not case.full)]
     return [case for case in chosen if re.search(pattern, case.name)]
@@ -167,13 +178,11 @@ def _cpu() -> Iterator[AttentionCase]:
 
 
 def _gpu() -> Iterator[AttentionCase]:
-    # 16k tokens and a width of 2048 throughout, as published figures have it, so that the sweep is over the length alone.
+    # 16k tokens and a width of 2048 throughout, as published figures have it: the sweep is over the length alone.
     sweep = product(("forward", "backward"), (64, 128), (False, True), (512, 1024, 2048, 4096, 8192, 16384))
     for direction, head_dim, is_causal, length in sweep:
         batch, heads, full = 16384 // length, 2048 // head_dim, length not in (512, 2048, 8192)
-        yield AttentionCase(
-            "bf16", batch, heads, length, head_dim, direction=direction, is_causal=is_causal, full=full
-        )
+        yield AttentionCase("bf16", batch, heads, length, head_dim, direction=direction, is_causal=is_causal, full=full)
     for direction in ("forward", "backward"):
         plain = AttentionCase("bf16", 8, 16, 2048, 64, direction=direction)
         yield replace(plain, is_causal=True, key_padding=True, dropout_p=0.1)

@@ -1,4 +1,4 @@
-"""What this machine reaches at best, measured in the same run: copying memory, and multiplying matrices of random numbers."""
+"""What this machine reaches at best, measured in the same run: copying memory, multiplying matrices."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Ceilings:
     matmul: dict[str, float]
 
     def seconds(self, dtype: str, flops: float, moved_bytes: float) -> float:
-        """The least time for so much work. No dtype is held to less than fp32's rate: half types can be computed in it."""
+        """The least time for so much work. No dtype is held to less than fp32's rate: any can be computed in it."""
         return max(flops / max(self.matmul[dtype], self.matmul["fp32"]), moved_bytes / self.bandwidth)
 
 
 def measure_ceilings(device_type: str, quick: bool = False) -> Ceilings:
-    """With as many threads as torch is set to. Zeros would flatter: they cost less power, and so run at higher clocks."""
+    """With as many threads as torch is set to. On random numbers: zeros take less power, so clocks rise."""
     shrink = 8 if quick else 1
     buffer = torch.randn(BUFFER_BYTES[device_type] // 4 // shrink**2, device=device_type)
     target = torch.empty_like(buffer)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from tests.cases import Inputs
 from tests.kernels.attention.eager import expected
@@ -10,7 +13,9 @@ from tests.tolerances import NORMS, assert_within_contract
 
 from .peers import Results
 
-SAMPLED_SCORES = 1 << 18  # float64 attention of long sequences takes as long as all the rest: one head of those is enough
+SAMPLED_SCORES = (
+    1 << 18
+)  # float64 attention of long sequences takes as long as all the rest: one head of those is enough
 
 if not __debug__:
     raise RuntimeError("python -O strips the assertions that the correctness gate is made of")
@@ -34,15 +39,23 @@ class Verdict:
 
 
 class Gate:
-    """The truth for some heads of a case, and the judge of results for the whole of it."""
+    """The truth for some heads of a case, and the judge of results for the whole of it.
 
-    def __init__(self, inputs: Inputs, direction: str) -> None:
+    Args:
+        inputs: of the whole case.
+        direction: gradients are judged unless it is "forward".
+        backend: that computes ours. What "torch" does is held to torch's SDPA too, as the tests hold it.
+    """
+
+    def __init__(self, inputs: Inputs, direction: str, backend: str = "") -> None:
         self._batches, self._heads_kv = _sampled(inputs)
         self._group = inputs.query.size(1) // inputs.key.size(1)
         sample = self._sample_of(inputs)
-        self._truth, self._eager = expected(sample, with_lse=False)
-        if direction == "forward":
-            self._truth = {"out": self._truth["out"]}
+        # Nothing here returns the log-sum-exp; a gradient of 0 keeps its share out of the others.
+        sample = replace(sample, grad_lse=torch.zeros_like(sample.grad_lse))
+        self._truth, self._eager = expected(sample, with_lse=backend != "torch")
+        judged = [name for name in self._truth if name == "out" or (direction != "forward" and name != "lse")]
+        self._truth = {name: self._truth[name] for name in judged}
         batch, heads = inputs.query.shape[:2]
         self.checked = f"{len(self._batches) * len(self._heads)} of {batch * heads} heads"
 
@@ -52,21 +65,7 @@ class Gate:
 
     def judge(self, results: Results) -> Verdict:
         """The verdict on the results (``peers.results``) of the whole case."""
-        results = self._results_of(results)
-        assert results.keys() == self._truth.keys(), f"got {results.keys()}, expected {self._truth.keys()}"
-        worst, wrong = Verdict(0.0, 0.0, "out", None), None
-        for name, truth in self._truth.items():
-            attempts = [attempt[name] for attempt in self._eager]
-            try:
-                assert_within_contract(results[name], truth, attempts, name)
-            except AssertionError as error:
-                wrong = wrong or str(error)
-            largest = NORMS["largest"]
-            error, *eager_errors = (largest(x.double() - truth) for x in (results[name], *attempts))
-            verdict = Verdict(error, max(eager_errors), name, None)
-            if not _ratio(verdict) <= _ratio(worst):  # a NaN is worst of all
-                worst = verdict
-        return replace(worst, wrong=wrong)
+        return judge(self._results_of(results), self._truth, self._eager)
 
     def _sample_of(self, inputs: Inputs) -> Inputs:
         batches, options = self._batches, dict(inputs.options)
@@ -92,6 +91,24 @@ class Gate:
         return {name: sampled[name] for name in results}
 
 
+def judge(results: Results, truth: Results, eager: Sequence[Results]) -> Verdict:
+    """The verdict on results, tensor by tensor; ``truth`` in float64, ``eager`` torch's own, several times over."""
+    assert results.keys() == truth.keys(), f"got {results.keys()}, expected {truth.keys()}"
+    largest = NORMS["largest"]
+    worst, wrong = Verdict(0.0, 0.0, "", None), None
+    for name, expected_tensor in truth.items():
+        attempts = [attempt[name] for attempt in eager]
+        try:
+            assert_within_contract(results[name], expected_tensor, attempts, name)
+        except AssertionError as broken:
+            wrong = wrong or str(broken)
+        error, *eager_errors = (largest(x.double() - expected_tensor) for x in (results[name], *attempts))
+        verdict = Verdict(error, max(eager_errors), name, None)
+        if not _ratio(verdict) < _ratio(worst):  # a NaN is worst of all
+            worst = verdict
+    return replace(worst, wrong=wrong)
+
+
 def _ratio(verdict: Verdict) -> float:
     return verdict.error / max(verdict.eager_error, 1e-30)
 
@@ -99,8 +116,8 @@ def _ratio(verdict: Verdict) -> float:
 def _sampled(inputs: Inputs) -> tuple[list[int], list[int]]:
     """Which batch entries and key heads are computed in float64: the first and the last, of long sequences the first.
 
-    The gradient of a mask that the batch shares sums over all of it. A dropout mask is that of its place in the whole, which
-    the first heads of the first entry keep.
+    The gradient of a mask that the batch shares sums over all of it. A dropout mask is that of its place in the whole,
+    which the first heads of the first entry keep.
     """
     batch, heads_kv = inputs.key.shape[:2]
     scores = inputs.query.size(2) * inputs.key.size(2)

@@ -14,13 +14,24 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-ISA_FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_tile": "AMX", "amx_bf16": "AMX BF16"}
+ISA_FLAGS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_tile": "AMX",
+    "amx_bf16": "AMX BF16",
+}
 PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One run's surroundings. ``commit`` is that of the checkout, "-dirty" with changes beyond it."""
+    """One run's surroundings.
+
+    Attributes:
+        commit: of the checkout; "-dirty" with changes beyond it.
+        load: how many processes wanted a CPU in the minute before; with many, timings on several threads mean little.
+    """
 
     date: str
     commit: str
@@ -28,6 +39,7 @@ class Machine:
     device_type: str
     isa: str
     threads: int
+    load: float
     versions: dict[str, str]
     driver: str
 
@@ -47,10 +59,13 @@ def find_machine(device_type: str) -> Machine:
     return Machine(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=os.environ.get("COMMIT") or _commit() or "unknown",
-        device=torch.cuda.get_device_name() if device_type == "cuda" else _cpu_field("model name") or platform.machine(),
+        device=torch.cuda.get_device_name()
+        if device_type == "cuda"
+        else _cpu_field("model name") or platform.machine(),
         device_type=device_type,
         isa=_isa(),
         threads=torch.get_num_threads(),
+        load=round(os.getloadavg()[0], 2),
         versions=versions,
         driver=driver,
     )

@@ -15,8 +15,8 @@ from .timing import Call
 def peak_bytes(call: Call, device_type: str) -> int:
     """The most bytes that torch's allocator held at one moment of ``call``, above what it held before.
 
-    On a GPU from the allocator's own high-water mark; on the CPU from every allocation and release that torch's profiler
-    saw. Scratch memory that a library takes past torch's allocator is in neither.
+    On a GPU from the allocator's own high-water mark; on the CPU from every allocation and release that torch's
+    profiler saw. Scratch memory that a library takes past torch's allocator is in neither.
     """
     if device_type == "cuda":
         torch.cuda.synchronize()

@@ -22,9 +22,18 @@ class Options:
     pattern: str = ""
 
     @property
+    def extent(self) -> str:
+        return "quick" if self.quick else "full" if self.full else "default"
+
+    @property
     def budget(self) -> float:
         """Seconds of timing for each peer on each case."""
-        return 0.005 if self.quick else 0.5 if self.full else 0.15
+        return {"quick": 0.005, "default": 0.15, "full": 0.5}[self.extent]
+
+    @property
+    def patience(self) -> float:
+        """Seconds a call of a peer may take. Plain torch in a half type the CPU has no instructions for takes many."""
+        return 5.0 if self.full else 0.25
 
     @property
     def threads(self) -> list[int]:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fusedformer
-from fusedformer import Explanation
 from fusedformer import functional as F
 from tests.cases import Inputs
 
@@ -31,7 +29,8 @@ SDPA = {
         SDPBackend.MATH,
     ),
 }
-WRITES_SCORES = ("sdpa math", "eager", "compiled")
+PLAIN = ("eager", "compiled")
+WRITES_SCORES = ("sdpa math", *PLAIN)
 Results = dict[str, Tensor]
 
 
@@ -60,20 +59,13 @@ def too_large(peer: Peer, inputs: Inputs) -> str | None:
     scores = batch * heads * len_q * inputs.key.size(2) * inputs.query.element_size()
     if peer.name not in WRITES_SCORES or scores <= _memory(inputs.query.device) / 16:
         return None
-    return f"not run: its scores alone take {scores / 1e9:.1f} GB"
+    return f"its scores alone take {scores / 1e9:.1f} GB"
 
 
 def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def explanation(inputs: Inputs, direction: str) -> Explanation:
-    """Which backend ``auto`` picks for ours, and why each other one refuses."""
-    if direction != "forward":
-        inputs, _ = inputs.leaves()
-    return fusedformer.explain(ours().prepare(inputs))
 
 
 def ours(backend: str = "auto") -> Peer:
@@ -139,14 +131,12 @@ def failures() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def _reporting_failure() -> Iterator[None]:
-    """A failure becomes PeerFailed; torch says why a backend of SDPA does not run in warnings, which join the message."""
+    """A failure becomes PeerFailed. Why a backend of SDPA does not run is said in warnings; they join the message."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             yield
-        except Exception as error:
-            if not isinstance(error, failures()):
-                raise
+        except failures() as error:
             said = dict.fromkeys([str(error), *(str(w.message) for w in caught)])
             raise PeerFailed("; ".join(message.split("\n")[0] for message in said)) from error
 

@@ -23,10 +23,12 @@ class AttentionRow:
     """One peer on one case.
 
     Attributes:
-        status: "ok"; "wrong" (the contract is broken: ours has no timing then); "failed" (it raised: ``reason``); "not run".
+        status: "ok"; "wrong" (of ours, which then is not timed); "failed" (it raised); "not run". ``reason`` says why.
         timing: None where nothing was timed.
-        error: largest absolute error against float64 over ``checked``; None where it could not be judged (``reason``).
-        eager_error: that of torch's eager computation in the same dtype.
+        error: largest absolute error against float64 over ``checked``, in the tensor where it is largest next to
+            eager's; None where it could not be judged (``reason``).
+        eager_error: that of torch's eager computation in the same dtype, in the same tensor.
+        peak_bytes: of the forward and, unless it alone is timed, the backward.
         within_contract: None as ``error``.
         ceiling_share: the least time this machine's ceilings allow, over the median.
         speedup: the best peer's median over this one's; of ours alone.
@@ -41,23 +43,23 @@ class AttentionRow:
     direction: str
     family: str
     length: int
-    threads: int
-    status: str
-    reason: str
-    timing: Timing | None
     flops: float
     moved_bytes: int
-    peak_bytes: int | None
-    ceiling_share: float | None
-    error: float | None
-    eager_error: float | None
-    within_contract: bool | None
     checked: str
-    best_peer: str
-    speedup: float | None
-    backend: str
-    is_default: bool
-    explanation: str
+    threads: int = 0
+    status: str = "ok"
+    reason: str = ""
+    timing: Timing | None = None
+    peak_bytes: int | None = None
+    ceiling_share: float | None = None
+    error: float | None = None
+    eager_error: float | None = None
+    within_contract: bool | None = None
+    best_peer: str = ""
+    speedup: float | None = None
+    backend: str = ""
+    is_default: bool = False
+    explanation: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -76,6 +78,7 @@ class ModelRow:
         variant: "stock eager", "stock sdpa" or "fused".
         difference: the embeddings' largest to those of the stock model in fp32.
         error: their largest to those of the stock model in float64.
+        peak_bytes: of the batch with the most padded tokens, weights aside.
         attention_share: of the time, in the variant "stock sdpa": what bounds the gain.
         report: of ``fuse``.
     """
@@ -83,21 +86,21 @@ class ModelRow:
     model: str
     variant: str
     dtype: str
-    threads: int
-    status: str
-    reason: str
-    timing: Timing | None
     sentences: int
     tokens: int
     padded_tokens: int
-    tokens_per_second: float | None
-    peak_bytes: int | None
-    difference: float | None
-    error: float | None
-    speedup: float | None
-    attention_share: float | None
-    backend: str
-    report: str
+    peak_bytes: int
+    difference: float
+    error: float
+    attention_share: float
+    threads: int = 0
+    status: str = "ok"
+    reason: str = ""
+    timing: Timing | None = None
+    tokens_per_second: float | None = None
+    speedup: float | None = None
+    backend: str = ""
+    report: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -115,11 +118,11 @@ class NumericsRow:
     case: str
     dtype: str
     backend: str
-    status: str
-    reason: str
-    tensor: str
-    error: float | None
-    eager_error: float | None
+    status: str = "ok"
+    reason: str = ""
+    tensor: str = ""
+    error: float | None = None
+    eager_error: float | None = None
 
 
 Row = AttentionRow | ModelRow | NumericsRow | Ceilings
@@ -129,7 +132,10 @@ KINDS: dict[str, type[Any]] = {
     "numerics": NumericsRow,
     "ceilings": Ceilings,
 }
-RowType = TypeVar("RowType")
+RowType = TypeVar("RowType", AttentionRow, ModelRow, NumericsRow, Ceilings)
+
+
+OurRow = AttentionRow | ModelRow
 
 
 class Writer:
@@ -148,10 +154,12 @@ class Writer:
             written.append(row)
         return written
 
-    def write(self, row: object) -> None:
+    def write(self, row: Row) -> None:
         kind = next(name for name, type_ in KINDS.items() if isinstance(row, type_))
         entry = {"kind": kind, **asdict(row), "run": self._machine}
-        entry |= {name: None for name, x in entry.items() if isinstance(x, float) and not math.isfinite(x)}  # not in JSON
+        entry |= {
+            name: None for name, x in entry.items() if isinstance(x, float) and not math.isfinite(x)
+        }  # not in JSON
         self._file.write(json.dumps(entry, allow_nan=False) + "\n")
         self._file.flush()
 

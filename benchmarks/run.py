@@ -17,7 +17,7 @@ from .cases import selected
 from .ceilings import measure_ceilings
 from .machine import default_folder, find_machine
 from .options import Options
-from .rows import AttentionRow, ModelRow, Writer, read
+from .rows import AttentionRow, ModelRow, OurRow, Writer, read
 from .tables import attention_tables, ceilings_table, machine_table, model_table
 from .terminal import Terminal
 from .timing import threads_set_to
@@ -25,10 +25,13 @@ from .timing import threads_set_to
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the benchmark; 1 if a result of ours was wrong or did not come."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    others = "other commands, each with --help: python -m benchmarks numerics | report | inspect | features"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=others)
     parser.add_argument("--full", action="store_true", help="every case, more samples, compiled peers")
     parser.add_argument("--quick", action="store_true", help="a miniature of everything that shows only that it works")
-    parser.add_argument("--only", metavar="PATTERN", default="", help="the cases whose name this regular expression finds")
+    parser.add_argument(
+        "--only", metavar="PATTERN", default="", help="the cases whose name this regular expression finds"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help="for results.jsonl and the report")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
@@ -47,29 +50,32 @@ def main(arguments: Sequence[str]) -> int:
     missing = minilm.missing()
     runs_model = wants_model and missing is None
 
-    ceilings = []
-    attention: list[AttentionRow] = []
-    model: list[ModelRow] = []
-    with terminal.progress(len(options.threads) + len(cases) + runs_model * minilm.steps(options)) as step:
+    steps = len(options.threads) + len(cases) + runs_model * len(minilm.dtypes(options))
+    with terminal.progress(steps) as step:
+        ceilings = []
         for threads in options.threads:
             step(f"ceilings, threads: {threads}")
             with threads_set_to(threads):
                 ceilings.append(measure_ceilings(options.device_type, options.quick))
             writer.write(ceilings[-1])
+        terminal.show(ceilings_table(ceilings))
+        attention: list[AttentionRow] = []
         for case in cases:
             step(case.name)
             attention += writer.write_all(attention_rows(case, options, ceilings))
+        for table in attention_tables(attention):
+            terminal.show(table)
+        model: list[ModelRow] = []
         if runs_model:
             model += writer.write_all(minilm.model_rows(options, ceilings, step))
+            terminal.show(model_table(model))
 
-    for table in (ceilings_table(ceilings), *attention_tables(attention), model_table(model)):
-        if table.rows:
-            terminal.show(table)
     if wants_model and missing is not None:
         terminal.say(f"The main job was not run: {missing}", "bad")
-    for row in (*attention, *model):
-        if row.is_ours and row.status != "ok":
-            terminal.say(f"{row.status.upper()} {row.title}: {row.reason}", "bad")
+    everything: list[OurRow] = [*attention, *model]
+    failed = [row for row in everything if row.is_ours and row.status != "ok"]
+    for row in failed:
+        terminal.say(f"{row.status.upper()} {row.title}: {row.reason}", "bad")
     for line in report.write(read(folder), folder):
         terminal.say(line)
-    return int(any(row.is_ours and row.status != "ok" for row in (*attention, *model)))
+    return int(bool(failed))

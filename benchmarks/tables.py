@@ -11,7 +11,8 @@ from .machine import Machine
 from .rows import OURS, AttentionRow, ModelRow, NumericsRow, Results
 from .timing import Timing
 
-EVEN_WITHIN = 0.05  # closer than this, and overlapping between their 20th and 80th percentiles, two timings are even
+# Two timings this close are even; so are less close ones that overlap between their 20th and 80th percentiles.
+EVEN_WITHIN, EVEN_OVERLAPPING_WITHIN = 0.02, 0.1
 NONE = "–"
 
 
@@ -46,10 +47,12 @@ def tables(results: Results) -> list[Table]:
 
 
 def machine_table(machine: Machine) -> Table:
+    is_busy = machine.load > machine.threads / 2
     facts = {
         "device": machine.device,
         "CPU instructions": machine.isa,
         "threads": str(machine.threads),
+        "load before": f"{machine.load}{' (busy: timings on several threads mean little)' * is_busy}",
         "versions": ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
         "driver and clocks": machine.driver.replace("\n", " | "),
         "commit": machine.commit,
@@ -74,10 +77,10 @@ def ceilings_table(ceilings: Sequence[Ceilings]) -> Table:
 
 
 def verdict(ours: Timing, other: Timing) -> str:
-    """ "faster", "slower" or "even"."""
+    """Ours is "faster", "slower" or "even"."""
     overlap = ours.p20 <= other.p80 and other.p20 <= ours.p80
     ratio = other.median / ours.median
-    if overlap and abs(ratio - 1.0) < EVEN_WITHIN:
+    if abs(ratio - 1.0) < (EVEN_OVERLAPPING_WITHIN if overlap else EVEN_WITHIN):
         return "even"
     return "faster" if ratio > 1.0 else "slower"
 
@@ -89,15 +92,23 @@ def attention_tables(rows: Sequence[AttentionRow]) -> list[Table]:
         chosen = [row for row in rows if row.threads == threads]
         others = list(dict.fromkeys(row.peer for row in chosen if row.peer != OURS))
         cases = [list(group) for _, group in groupby(chosen, key=lambda row: row.case)]
-        columns = ("case", f"{OURS} ms", "backend", *(f"{name} ms" for name in others), "speed-up", "GFLOP/s", "of ceiling")
+        columns = (
+            "case",
+            f"{OURS} ms",
+            "backend",
+            *(f"{name} ms" for name in others),
+            "speed-up",
+            "GFLOP/s",
+            "of ceiling",
+        )
         made.append(
             Table(
                 f"Attention, {threads} thread{'s' * (threads > 1)}",
                 (*columns, "peak MB", "error / eager's"),
                 [_attention_cells(case, others) for case in cases],
-                "Medians. Speed-up: the fastest peer's time over ours. Of ceiling: the least time that this run's ceilings "
-                "allow, over ours. * marks the backend that plain scaled_dot_product_attention picks, ! an error beyond "
-                f"ours' contract, {NONE} what did not run or was not timed (results.jsonl says why).",
+                "Medians. Speed-up: the fastest peer's time over ours. Of ceiling: the least time that this run's "
+                "ceilings allow, over ours. * marks the backend that plain scaled_dot_product_attention picks, ! an "
+                f"error beyond our contract, {NONE} what did not run or was not timed (results.jsonl says why).",
             )
         )
     return made
@@ -164,7 +175,9 @@ def model_table(rows: Sequence[ModelRow]) -> Table:
     note = f"{first.model}, real tokens a second, padding not counted. " if first else ""
     note += "Speed-up: over the faster of the stock variants. "
     if shares:
-        note += f"Attention's share of the stock model's time ({', '.join(dict.fromkeys(shares))}) bounds what it can gain."
+        note += (
+            f"Attention's share of the stock model's time ({', '.join(dict.fromkeys(shares))}) bounds what it can gain."
+        )
     return Table("The main job", columns, [_model_cells(row, rows) for row in rows], note)
 
 
@@ -193,7 +206,7 @@ def numerics_tables(rows: Sequence[NumericsRow]) -> list[Table]:
     made = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
         chosen = [row for row in rows if row.dtype == dtype]
-        backends = list(dict.fromkeys(row.backend for row in chosen))
+        backends = list(dict.fromkeys(row.backend for row in chosen if row.status != "refused"))
         cells = []
         for name, group in groupby(chosen, key=lambda row: row.case):
             by_backend = {row.backend: row for row in group}
@@ -203,8 +216,8 @@ def numerics_tables(rows: Sequence[NumericsRow]) -> list[Table]:
                 f"Error against float64 in {dtype}",
                 ("problem", *backends),
                 cells,
-                "Largest absolute error, in brackets as a multiple of torch eager's own in the same dtype, of the output or "
-                "gradient where that multiple is largest. The contract allows 2, plus one rounding of the dtype.",
+                "Largest absolute error, in brackets as a multiple of torch eager's own in the same dtype, of the "
+                "output or gradient where that multiple is largest. The contract allows 2, plus one rounding.",
             )
         )
     return made

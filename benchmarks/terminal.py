@@ -37,7 +37,9 @@ class Terminal:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        laid_out = RichTable(title=table.title, caption=table.note or None, title_justify="left", caption_justify="left")
+        laid_out = RichTable(
+            title=table.title, caption=table.note or None, title_justify="left", caption_justify="left"
+        )
         for index, column in enumerate(table.columns):
             laid_out.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
         for row in table.rows:
@@ -59,7 +61,12 @@ class Terminal:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
         with Progress(*columns, console=self._console, transient=True) as bar:
             task = bar.add_task("", total=total)
             started = False

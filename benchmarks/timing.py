@@ -73,7 +73,7 @@ class CudaStopwatch:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call. ``graph``: the same replayed from a CUDA graph, where that was asked for and could be captured."""
+    """Seconds of a call. ``graph``: of one replayed from a CUDA graph, where it was asked for and could be captured."""
 
     median: float
     p20: float
@@ -89,8 +89,8 @@ def stopwatch_for(device_type: str) -> Stopwatch:
 def measure(subjects: Mapping[str, Subject], stopwatch: Stopwatch, budget: float) -> dict[str, Timing]:
     """Times every subject in turn, round after round and the other way around in every second one.
 
-    Each gets ``budget`` seconds, at most four times that until it has enough samples, and at least one sample: one far slower
-    than the others leaves early. One call of each goes before, to warm up and to tell how often to repeat it.
+    Each gets ``budget`` seconds, at most four times that until it has enough samples, and at least one sample: one far
+    slower than the others leaves early. One call of each goes before, to warm up and to tell how often to repeat it.
     """
 
     def timed(name: str, repeats: int) -> float:
@@ -101,10 +101,7 @@ def measure(subjects: Mapping[str, Subject], stopwatch: Stopwatch, budget: float
         enough = len(samples[name]) >= ENOUGH_SAMPLES
         return len(samples[name]) < MAX_SAMPLES and spent[name] < (budget if enough else 4 * budget)
 
-    repeats = {}
-    for name in subjects:
-        once = max(timed(name, 1), 1e-9)
-        repeats[name] = min(MAX_REPEATS, max(1, math.ceil(stopwatch.shortest / once)))
+    repeats = {name: repeats_for(timed(name, 1), stopwatch) for name in subjects}
     samples: dict[str, list[float]] = {name: [] for name in subjects}
     spent = dict.fromkeys(subjects, 0.0)
     active = list(subjects)
@@ -115,6 +112,11 @@ def measure(subjects: Mapping[str, Subject], stopwatch: Stopwatch, budget: float
             spent[name] += seconds * repeats[name]
         active = [name for name in reversed(active) if goes_on(name)]
     return {name: summary(values) for name, values in samples.items()}
+
+
+def repeats_for(once: float, stopwatch: Stopwatch) -> int:
+    """How often to repeat a call of ``once`` seconds for the stopwatch to tell its time."""
+    return min(MAX_REPEATS, max(1, math.ceil(stopwatch.shortest / max(once, 1e-9))))
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def summary(samples: Sequence[float]) -> Timing:
 
 
 def graph_seconds(call: Call, calls: int = 20, replays: int = 20) -> float | None:
-    """Seconds of a call replayed from a CUDA graph, launches aside and caches warm; None where it cannot be captured."""
+    """Seconds of a call replayed from a CUDA graph, caches warm; None where it cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -50,7 +50,8 @@ class Case:
         len_k, value_dim = self.len_k or self.len_q, self.value_dim or self.head_dim
         apart = "" if value_dim == self.head_dim else f":{value_dim}"
         shape = f"B{self.batch}-H{self.heads}{grouped}-L{self.len_q}-S{len_k}-E{self.head_dim}{apart}"
-        return f"{self.name.replace(' ', '_')}-{shape}"
+        said = " ".join(filter(None, (self.name, self.mask, "" if self.layout == "contiguous" else self.layout)))
+        return f"{said.replace(' ', '_')}-{shape}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> Input
             mask = mask.expand(c.batch, c.heads, c.len_q, len_k)
         options["attn_mask"] = mask
     if c.key_mask:
-        lengths = torch.randint(1, len_k + 1, (c.batch, 1), generator=generator)
+        lengths = torch.randint((len_k + 1) // 2, len_k + 1, (c.batch, 1), generator=generator)
         padding = (torch.arange(len_k) >= lengths).to(device)
         options["key_mask"] = (
             ~padding if c.key_mask == "bool" else normal(c.batch, len_k).masked_fill(padding, float("-inf"))
@@ -205,15 +206,16 @@ CASES = (
     Case("bias", mask="float 1HLS expanded"),
     Case("bias", mask="float32 1HLS"),
     # scores
-    Case("scale", scale=0.7),
-    Case("scale negative", scale=-0.5, key_mask="bool"),
+    Case("scale", scale=0.3),
+    Case("scale negative", scale=-0.2, key_mask="bool"),
+    Case("peaked", scale=0.9),
     Case("softcap", softcap=1.5),
     Case("softcap causal", softcap=0.5, scale=-1.0, is_causal=True),
     Case("alibi", alibi="H"),
     Case("alibi bottom right", len_k=33, alibi="BH", causal_alignment="bottom_right"),
-    Case("sinks", heads=8, sinks=True),
-    Case("sinks padding", heads=8, sinks=True, key_mask="bool"),
-    Case("dropout", len_k=65, dropout_p=0.3),
+    Case("sinks", batch=1, heads=8, sinks=True),
+    Case("sinks padding", batch=1, heads=8, sinks=True, key_mask="bool"),
+    Case("dropout", len_k=33, dropout_p=0.3),
     Case("dropout causal", len_q=65, heads=1, dropout_p=0.1, is_causal=True),
     Case("ieee", precision="ieee"),
     Case("tf32x3", precision="tf32x3"),
@@ -224,15 +226,15 @@ CASES = (
     Case("layout", layout="LBHE", value_dim=40),
     Case("layout", layout="packed", key_mask="bool"),
     Case("layout", layout="last stride"),
-    Case("layout shared heads", layout="shared heads"),
-    Case("layout shared batch", layout="shared batch", len_k=33, mask="float LS"),
+    Case("layout", layout="shared heads"),
+    Case("layout", layout="shared batch", len_k=33, mask="float LS"),
     # mixtures
     Case(
-        "decoder", heads=4, heads_kv=2, len_q=33, is_causal=True, key_mask="bool", mask="float 1HLS", dropout_p=0.2,
+        "decoder", heads=2, heads_kv=1, len_q=33, is_causal=True, key_mask="bool", mask="float 1HLS", dropout_p=0.2,
         layout="BLHE",
     ),
     Case(
-        "everything", heads=8, heads_kv=4, len_k=33, value_dim=40, is_causal=True, causal_alignment="bottom_right",
+        "everything", batch=1, heads=8, heads_kv=4, len_k=33, value_dim=40, is_causal=True, causal_alignment="bottom_right",
         window=(20, None), softcap=2.0, alibi="H", sinks=True, mask="float B1LS", key_mask="float", dropout_p=0.3,
     ),
     Case("excluded twice", len_k=33, mask="bool BHLS", key_mask="bool", dropout_p=0.5, value_dim=5, window=(None, 8)),

@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+# The interpreter multiplies small tiles with numpy, whose threads only get in each other's way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Lets cuBLAS be deterministic, as is asked for below.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Triton decides when a kernel is decorated, so this must be said before any kernel is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--seed")
     config.stash[RUN_SEED] = secrets.randbits(31) if given is None else given
-    torch.set_num_threads(min(4, os.cpu_count() or 1))
+    torch.set_num_threads(1)  # tensors here are small; threads that wait for each other on a busy machine are far slower
     # A result that a kernel did not write shows as NaN, wherever the memory was allocated: in a launcher, or in C++.
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)

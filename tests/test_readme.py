@@ -13,7 +13,7 @@ from benchmarks.features import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$(?:\n\n((?:    .*\n)+))?", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```python\n(.*?)^```$(?:\n\n((?:    [^\n]*\n)+))?", README, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=[block[0].split("\n")[0] for block in BLOCKS])

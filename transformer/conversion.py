@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .attention import MultiheadAttention
 
-# What a swapped module was before, kept on the module itself: attribute names and values.
-_BEFORE = "_fusedformer_before"
+# What a changed module was before, kept on the module itself: its attributes, and a Hugging Face model's attention.
+_BEFORE, _HUGGINGFACE = "_fusedformer_before", "attention implementation"
 SWAPPED, SET, LEFT = "swapped", "set", "left"
 
 
@@ -100,18 +100,20 @@ def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) ->
     arguments = _arguments(verify)
     before = _outputs(model, *arguments)
     report = Report(tuple(_swap(model)))
-    after = _outputs(model, *arguments)
+    try:
+        after = _outputs(model, *arguments)
+    except BaseException:
+        for entry in report.entries:
+            if entry.action != LEFT:
+                _restore(model.get_submodule(entry.module))
+        raise
     return Report(report.entries, {name: _difference(before[name], after[name]) for name in before})
 
 
 def unfuse(model: torch.nn.Module) -> None:
     """Puts back what :func:`fuse` swapped in this model: classes, flags and Hugging Face's attention implementation."""
     for module in model.modules():
-        for name, value in module.__dict__.pop(_BEFORE, {}).items():
-            if name == "attn_implementation":
-                _huggingface().choose(module, value)
-            else:
-                setattr(module, name, value)
+        _restore(module)
 
 
 def _swap(model: torch.nn.Module) -> Iterator[Entry]:
@@ -130,7 +132,7 @@ def _swap_attention(name: str, module: torch.nn.MultiheadAttention) -> Entry:
     if isinstance(module, MultiheadAttention):
         return Entry(name, kind, LEFT, "it is fusedformer's already")
     if type(module) is not torch.nn.MultiheadAttention:
-        return Entry(name, kind, LEFT, f"{type(module).__module__}.{kind} may compute something else than its base class")
+        return Entry(name, kind, LEFT, f"a subclass, {type(module).__module__}.{kind}, may compute something else")
     if "forward" in module.__dict__:
         return Entry(name, kind, LEFT, "a forward of its own was set on it")
     _change(module, "__class__", MultiheadAttention)
@@ -138,33 +140,35 @@ def _swap_attention(name: str, module: torch.nn.MultiheadAttention) -> Entry:
 
 
 def _set_container(name: str, module: torch.nn.Module) -> Iterator[Entry]:
-    """Turns off the inference paths of torch's containers that bypass the attention, or hand it a nested tensor."""
-    flag = None
+    """Turns off the eval paths of torch's containers that go around the attention or hand it nested tensors."""
     if isinstance(module, torch.nn.TransformerEncoderLayer):
-        flag, off = "activation_relu_or_gelu", 0
+        flag, off, detail = "activation_relu_or_gelu", 0, "calls its attention in eval mode too"
     elif isinstance(module, torch.nn.TransformerEncoder):
-        flag, off = "use_nested_tensor", False
-    if flag is None or not getattr(module, flag, off):
+        flag, off, detail = "use_nested_tensor", False, "hands on the padding mask; padding rows are not 0 in eval mode"
+    else:
         return
-    if any(isinstance(part, MultiheadAttention) for part in module.modules()):
+    if getattr(module, flag, off) and any(isinstance(part, MultiheadAttention) for part in module.modules()):
         _change(module, flag, off)
-        yield Entry(name, type(module).__name__, SET, f"{flag} = {off}, so that it calls its attention in eval mode")
+        yield Entry(name, type(module).__name__, SET, detail)
 
 
 def _swap_huggingface(model: torch.nn.Module) -> Iterator[Entry]:
     huggingface = _huggingface()
     huggingface.register()
-    for name, part in huggingface.models(model):
-        kind, before = type(part).__name__, huggingface.implementation(part)
+    # Choosing for one model may reach one inside it, so what all of them had is read first.
+    for name, part, before in [(*found, huggingface.implementation(found[1])) for found in huggingface.models(model)]:
         reason = huggingface.refusal(part)
         if before == huggingface.NAME:
-            yield Entry(name, kind, LEFT, "it runs fusedformer's attention already")
-        elif reason is not None:
-            yield Entry(name, kind, LEFT, reason)
+            reason = "it runs fusedformer's attention already"
+        if reason is not None:
+            if huggingface.implementation(part) != before:
+                huggingface.choose(part, before)
+            yield Entry(name, type(part).__name__, LEFT, reason)
         else:
             huggingface.choose(part, huggingface.NAME)
-            part.__dict__[_BEFORE] = {"attn_implementation": before}
-            yield Entry(name, kind, SWAPPED, f'attention implementation "{before}" is "{huggingface.NAME}" now')
+            part.__dict__[_BEFORE] = {_HUGGINGFACE: before}
+            detail = f'attention "{huggingface.NAME}" instead of "{before}"'
+            yield Entry(name, type(part).__name__, SWAPPED, detail)
 
 
 def _huggingface() -> Any:
@@ -178,6 +182,14 @@ def _change(module: torch.nn.Module, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
+def _restore(module: torch.nn.Module) -> None:
+    for name, value in module.__dict__.pop(_BEFORE, {}).items():
+        if name == _HUGGINGFACE:
+            _huggingface().choose(module, value)
+        else:
+            setattr(module, name, value)
+
+
 def _arguments(verify: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     if isinstance(verify, Tensor):
         return (verify,), {}
@@ -185,7 +197,7 @@ def _arguments(verify: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
         return verify, {}
     if isinstance(verify, Mapping):
         return (), verify
-    raise TypeError(f"verify: got {type(verify).__name__}, expected a tensor, a tuple or a mapping of keyword arguments")
+    raise TypeError(f"verify: got {type(verify).__name__}, expected a tensor, a tuple or a mapping of arguments")
 
 
 def _outputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -386,6 +386,8 @@ def _flatten_leading(
         if attn_mask.dim() > rank:
             raise ValueError(f"attn_mask: got shape {tuple(attn_mask.shape)}, expected at most {rank} dimensions")
         mask = attn_mask[(None,) * (rank - attn_mask.dim())]
+        expected = (*shape, query.size(-2), key.size(-2))
+        check_shape("attn_mask", mask, expected, "a shape that broadcasts to (N, ..., H, L, S)")
         shared = all(size == 1 for size in mask.shape[: rank - 3])
         batch_shape = (1,) * (rank - 3) if shared else shape[:-1]
         attn_mask = mask.expand(*batch_shape, *mask.shape[rank - 3 :]).flatten(0, rank - 4)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating, check_probability, check_shape, check_tensor, dtype_name
+from ..common.checks import check_floating, check_number, check_probability, check_shape, check_tensor, dtype_name
 
 MAX_HEAD_DIM = 256
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -87,8 +87,11 @@ def canonical(
     check_probability("dropout_p", dropout_p)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    if softcap is not None and softcap < 0.0:
-        raise ValueError(f"softcap: got {softcap}, expected a positive number, or None for no cap")
+    check_number("scale", scale)
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not softcap >= 0.0:
+            raise ValueError(f"softcap: got {softcap}, expected a positive number, or None for no cap")
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {PRECISIONS}, or None for torch's setting")
     left, right = _check_window(window)
@@ -146,9 +149,11 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
 def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     if window is None:
         return -1, -1
-    if len(window) != 2:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window: got {window!r}, expected (left, right)")
     sides = [-1 if side is None else side for side in window]
+    if not all(isinstance(side, (int, torch.SymInt)) for side in sides):
+        raise TypeError(f"window: got {window!r}, expected whole numbers of keys, or None")
     if any(side < -1 for side in sides):
         raise ValueError(f"window: got {window!r}, expected sizes of at least 0, or None or -1 for an unbounded side")
     return sides[0], sides[1]

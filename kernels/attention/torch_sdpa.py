@@ -57,14 +57,16 @@ def workspace(problem: AttentionProblem) -> int:
     scores = batch * heads * len_q * p.key.size(2) * p.query.element_size()
     mask = _mask(p)
     held = 0 if mask is None else mask.numel() * mask.element_size()
-    return held if runs_flash(p) else held + 2 * scores
+    return held if _flash_takes(p) else held + 2 * scores
 
 
 def runs_flash(problem: AttentionProblem) -> bool:
     """Whether the problem goes to the flash kernel by ``op.py``, whose gradients compose, or to :func:`composite`."""
+    return (problem.requires_grad or torch._C._are_functorch_transforms_active()) and _flash_takes(problem)
+
+
+def _flash_takes(problem: AttentionProblem) -> bool:
     p = problem
-    if not p.requires_grad and not torch._C._are_functorch_transforms_active():
-        return False
     masks_with_grad = any(mask is not None and mask.requires_grad for mask in (p.attn_mask, p.key_mask))
     same_head_dim = p.query.size(3) == p.value.size(3)
     return p.query.device.type == "cpu" and p.dropout_p == 0.0 and same_head_dim and not masks_with_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -38,6 +39,13 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int], names: str) -
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {names} = {tuple(expected)}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError unless ``value`` is a real number; a tensor, whose value the host may not know, is none."""
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+
+
 def check_probability(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: got {value}, expected a probability in [0, 1]")

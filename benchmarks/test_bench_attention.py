@@ -1,0 +1,52 @@
+"""``pytest benchmarks``: the attention cases under pytest-benchmark, each peer by itself. ``FULL=1`` for every case.
+
+For numbers to compare over time (``--benchmark-autosave``); ``python -m benchmarks`` interleaves the peers.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .attention import judged
+from .cases import AttentionCase, selected
+from .peers import Peer, peers, subject, without
+from .timing import Call, CpuStopwatch, repeats_for
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FULL = os.environ.get("FULL") == "1"
+ROUNDS = 7
+
+
+@pytest.mark.parametrize("peer", peers(DEVICE, compiled=FULL), ids=lambda peer: peer.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", selected(DEVICE, FULL), ids=lambda case: case.name)
+def test_attention(benchmark: BenchmarkFixture, case: AttentionCase, peer: Peer) -> None:
+    benchmark.group = case.name
+    given = case.inputs(DEVICE)
+    timed = without(given, "seed")
+    (row,) = judged(case, given, timed, [peer])
+    if row.is_ours:
+        assert row.status == "ok", row.reason
+    elif row.status != "ok":
+        pytest.skip(f"{peer.name} does not run it: {row.reason}")
+    benchmark.extra_info.update(backend=row.backend, error=row.error, eager_error=row.eager_error)
+    contender = subject(peer, timed, case.direction)
+    call, stopwatch = _synchronised(contender.call), CpuStopwatch()
+    with contender.scope():
+        call()
+        iterations = repeats_for(stopwatch(call, 1), stopwatch)
+        benchmark.pedantic(call, rounds=ROUNDS, iterations=iterations)
+
+
+def _synchronised(call: Call) -> Call:
+    if DEVICE == "cpu":
+        return call
+
+    def call_and_wait() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return call_and_wait

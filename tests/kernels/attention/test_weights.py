@@ -1,0 +1,126 @@
+"""The attention weights from the log-sum-exp: equal to the explicit softmax, averaged and per head, and differentiable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.cases import Case, Inputs, make_inputs
+from tests.kernels.attention.eager import eager_attention
+from tests.kernels.attention.lanes import every_feature
+from tests.tolerances import assert_within_contract
+from torch import Tensor
+
+from fusedformer.functional import attention, attention_weights
+from fusedformer.kernels.attention.api import attention_with_weights
+
+CASES = (
+    Case("plain", len_k=33),
+    Case("causal", is_causal=True, len_k=33, causal_alignment="bottom_right"),
+    Case("padding", heads=3, key_mask="bool", len_q=33),
+    Case("bias", mask="float 1HLS", key_mask="float"),
+    Case("mask", mask="bool BHLS", len_q=1, len_k=65),
+    Case("sinks", sinks=True, window=(3, 3)),
+    Case("scores", softcap=1.0, alibi="H", scale=0.4),
+    Case("dropout", dropout_p=0.3, len_k=33, value_dim=40),
+    Case("grouped", heads=4, heads_kv=2, is_causal=True, layout="BLHE"),
+)
+
+
+def weights(inputs: Inputs, average_heads: bool, backend: str, lse: Tensor | None = None) -> Tensor:
+    options = {name: x for name, x in inputs.options.items() if name != "sinks"}
+    if lse is None:
+        _, lse = attention(inputs.query, inputs.key, inputs.value, **inputs.options, backend=backend, return_lse=True)
+    return attention_weights(inputs.query, inputs.key, lse, **options, average_heads=average_heads, backend=backend)
+
+
+def eager_weights(inputs: Inputs, average_heads: bool, attempt: int = 0) -> Tensor:
+    explicit = eager_attention(inputs.query, inputs.key, inputs.value, **inputs.options, attempt=attempt)[2]
+    return explicit.mean(dim=1) if average_heads else explicit
+
+
+@every_feature
+@pytest.mark.parametrize("average_heads", [True, False], ids=["averaged", "per head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weights_hold_the_contract(
+    case: Case, dtype: torch.dtype, average_heads: bool, backend: str, device: str, seed: int
+) -> None:
+    inputs = make_inputs(case, dtype, device, seed)
+    actual = weights(inputs, average_heads, backend)
+    assert actual.dtype == dtype
+    attempts = [eager_weights(inputs, average_heads, attempt) for attempt in range(6)]
+    truth = eager_weights(inputs.to(torch.float64), average_heads)
+    assert_within_contract(actual, truth, attempts)
+    assert (actual[truth == 0] == 0).all()
+
+
+@every_feature
+@pytest.mark.parametrize("average_heads", [True, False], ids=["averaged", "per head"])
+def test_empty_rows_have_no_weights(average_heads: bool, backend: str, device: str, seed: int) -> None:
+    """pytorch#160064: NaN everywhere when a head sees nothing and the weights are asked for."""
+    inputs = make_inputs(Case(""), torch.float32, device, seed)
+    nothing = torch.ones(1, 2, 17, 17, dtype=torch.bool, device=device)
+    nothing[:, 0] = False
+    inputs = replace(inputs, options={"attn_mask": nothing})
+    actual = weights(inputs, average_heads, backend)
+    if average_heads:
+        torch.testing.assert_close(actual.sum(-1), torch.full((2, 17), 0.5, device=device))
+    else:
+        assert (actual[:, 0] == 0).all()
+        torch.testing.assert_close(actual[:, 1].sum(-1), torch.ones(2, 17, device=device))
+
+
+@every_feature
+@pytest.mark.parametrize("average_heads", [True, False], ids=["averaged", "per head"])
+@pytest.mark.parametrize("case", [CASES[3], CASES[6], CASES[7]], ids=str)
+def test_gradient_of_the_weights(case: Case, average_heads: bool, backend: str, device: str, seed: int) -> None:
+    inputs = make_inputs(case, torch.float32, device, seed)
+
+    def gradients(inputs: Inputs, function: Any) -> dict[str, Tensor]:
+        leaves, named = inputs.leaves()
+        result = function(leaves)
+        sent = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)).to(result)
+        return dict(zip(named, torch.autograd.grad(result, list(named.values()), sent, allow_unused=True), strict=True))
+
+    actual = gradients(inputs, lambda x: weights(x, average_heads, backend))
+    truth = gradients(inputs.to(torch.float64), lambda x: eager_weights(x, average_heads))
+    attempts = [gradients(inputs, lambda x, number=number: eager_weights(x, average_heads, number)) for number in range(12)]
+    for name in actual:
+        if name == "value":
+            assert actual[name] is None or (actual[name] == 0).all()
+        else:
+            assert_within_contract(actual[name], truth[name], [attempt[name] for attempt in attempts], name)
+
+
+@every_feature
+@pytest.mark.parametrize("average_heads", [True, False], ids=["averaged", "per head"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_output_and_weights_are_of_one_dropout_mask(
+    dropout_p: float, average_heads: bool, backend: str, device: str, seed: int
+) -> None:
+    inputs = make_inputs(Case("", key_mask="bool"), torch.float32, device, seed)
+    out, given = attention_with_weights(
+        inputs.query, inputs.key, inputs.value, dropout_p=dropout_p, average_heads=average_heads, backend=backend,
+        **inputs.options,
+    )  # fmt: skip
+    assert given.shape == ((2, 17, 17) if average_heads else (2, 2, 17, 17))
+    assert out.shape == inputs.query.shape
+    if not average_heads:
+        torch.testing.assert_close(given @ inputs.value, out)
+        assert bool((given == 0).float().mean() > 0.6 * dropout_p)
+
+
+@every_feature
+def test_poisoned_slots_have_weight_zero(backend: str, device: str, seed: int) -> None:
+    inputs = make_inputs(Case(""), torch.float32, device, seed)
+    keep = torch.ones(2, 17, dtype=torch.bool, device=device)
+    keep[:, 5:9] = False
+    inputs = replace(inputs, options={"key_mask": keep})
+    clean = weights(inputs, True, backend)
+    poisoned = replace(inputs, key=inputs.key.clone())
+    poisoned.key[:, :, 5:9] = float("nan")
+    assert torch.equal(weights(poisoned, True, backend), clean)
+    assert (clean[:, :, 5:9] == 0).all()
