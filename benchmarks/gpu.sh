@@ -76,6 +76,9 @@ run_stage() {
     command_of "$stage"
     timeout --kill-after=10 "${SECONDS_OF[$stage]}" "${command[@]}" >"$folder/$stage.log" 2>&1
     status=$?
+    if [[ $status == 124 && -f $folder/$stage/results.jsonl ]]; then
+        "$python" -m benchmarks report "$folder/$stage" >>"$folder/$stage.log" 2>&1 # of what was measured in time
+    fi
     printf '%s\t%s\t%s\n' "$status" "$((SECONDS - started))" "${command[*]}" >"$folder/$stage.status"
     echo "$stage: exit status $status after $((SECONDS - started)) s ($stage.log)"
 }

@@ -118,8 +118,8 @@ def _sweeps(sweeps: dict[str, list[AttentionRow]], ceiling: Ceilings | None, thr
     for axes in list(grid.flat)[len(sweeps) :]:
         axes.set_visible(False)
     figure.suptitle(f"Attention by length, threads: {threads}", x=0.01, ha="left")
-    figure.legend(labels.values(), labels.keys(), loc="upper right", ncols=len(labels), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.legend(labels.values(), labels.keys(), loc="upper left", bbox_to_anchor=(0, 0), ncols=4, frameon=False)
+    figure.tight_layout()
     return figure
 
 

@@ -304,13 +304,16 @@ def attention_with_weights(
         None,
         None,
         None,
-        True,
+        False,
     )
-    chosen = select("attention", CANDIDATES, problem, backend)
-    problem = _with_seed(problem)
-    if chosen == "reference":
-        out, _, weights = reference.attention(*problem[:14])
+    chosen = select("attention_with_weights", CANDIDATES, problem, backend)
+    if chosen in ("torch", "reference"):
+        if chosen == "torch":
+            out, weights = torch_sdpa.composite_with_weights(problem)
+        else:
+            out, _, weights = reference.attention(*_with_seed(problem)[:14])
         return out, (weights.mean(dim=1) if average_heads else weights).to(query.dtype)
+    problem = _with_seed(problem)._replace(return_lse=True)
     out, lse = _run(chosen, problem)
     assert lse is not None
     return out, _run_weights(chosen, problem, lse, average_heads)

@@ -86,6 +86,27 @@ def composite(problem: AttentionProblem) -> Tensor:
     )
 
 
+def composite_with_weights(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """The output and the weights (B, H, L, S) after dropout, by torch's own products and softmax."""
+    p = problem
+    key, value = _used_slots(p)
+    scores = (p.query * p.scale) @ key.transpose(-2, -1)
+    mask = _band(p) if _says_is_causal(p) else _mask(p)
+    if mask is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        # An empty row is computed as if it saw every key, then is 0: its softmax and its gradient would be NaN.
+        empty = ~takes_part(mask).any(dim=-1, keepdim=True)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~(mask | empty), float("-inf"))
+        else:
+            scores = scores + mask.masked_fill(empty, 0.0)
+        weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    if p.dropout_p > 0.0:
+        weights = torch.nn.functional.dropout(weights, p.dropout_p)
+    return weights @ value, weights
+
+
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, lse, 0)`` by the flash kernel; its lse is 0 in empty rows, so it is kept for ``backward`` alone."""
     p = problem
@@ -138,7 +159,7 @@ def _mask(problem: AttentionProblem) -> Tensor | None:
         # A mask all heads share is an expanded view; hand SDPA the part that is there.
         shared = p.key_mask.stride(1) == 0
         masks.append((p.key_mask[:, :1] if shared else p.key_mask)[:, :, None, :])
-    visible = band(p.query.size(2), p.key.size(2), p.position_offset, p.window_left, p.window_right, p.query.device)
+    visible = _band(p)
     if visible is not None:
         masks.append(visible[None, None])
     if not masks:
@@ -149,6 +170,11 @@ def _mask(problem: AttentionProblem) -> Tensor | None:
         return reduce(torch.logical_and, keep)
     total = reduce(torch.add, added)
     return total.where(reduce(torch.logical_and, keep), float("-inf")) if keep else total
+
+
+def _band(problem: AttentionProblem) -> Tensor | None:
+    p = problem
+    return band(p.query.size(2), p.key.size(2), p.position_offset, p.window_left, p.window_right, p.query.device)
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
