@@ -12,7 +12,7 @@ from .rows import OURS, AttentionRow, ModelRow, NumericsRow, Results
 from .timing import Timing
 
 # Two timings this close are even; so are less close ones that overlap between their 20th and 80th percentiles.
-EVEN_WITHIN, EVEN_OVERLAPPING_WITHIN = 0.02, 0.1
+EVEN_WITHIN, EVEN_OVERLAPPING_WITHIN = 0.02, 0.05
 NONE = "–"
 
 
