@@ -32,6 +32,7 @@ class _Row:
     bits: int
     up_to_head_dim: int
     tile: Tile
+    extras: bool | None = None  # None: with and without
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -43,7 +44,7 @@ def padded_head_dim(head_dim: int) -> int:
 def _table(architecture: str) -> tuple[_Row, ...]:
     path = _TABLES / f"{architecture}.json"
     rows = json.loads((path if path.exists() else _TABLES / "default.json").read_text())
-    return tuple(_Row(row["kernel"], row["bits"], row["up_to_head_dim"], Tile(**row["tile"])) for row in rows)
+    return tuple(_Row(**{**row, "tile": Tile(**row["tile"])}) for row in rows)
 
 
 def is_tuned(architecture: str) -> bool:
@@ -51,10 +52,20 @@ def is_tuned(architecture: str) -> bool:
     return (_TABLES / f"{architecture}.json").exists()
 
 
-def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architecture: str) -> Tile:
-    """The tile of ``kernel`` ("forward", "backward_dq", ...) for these head dims and elements of ``bits`` bits."""
+def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architecture: str, extras: bool) -> Tile:
+    """The tile of a kernel for a class of problems.
+
+    Args:
+        kernel: "forward", "backward_dq", ...
+        head_dim: of query and key.
+        value_dim: of value.
+        bits: of an element of query.
+        architecture: as ``common.device.architecture`` names it.
+        extras: whether more is done to a score than to scale it and to hold it inside a band: a mask, dropout, a
+            softcap or ALiBi needs registers beside the scores, so that a smaller tile is the largest that fits.
+    """
     widest = padded_head_dim(max(head_dim, value_dim))
     for row in _table(architecture):
-        if row.kernel == kernel and row.bits == bits and widest <= row.up_to_head_dim:
+        if row.kernel == kernel and row.bits == bits and widest <= row.up_to_head_dim and row.extras in (None, extras):
             return row.tile
     raise ValueError(f"no tile for {kernel}, {bits} bits, head dim {widest} on {architecture}")

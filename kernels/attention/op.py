@@ -24,7 +24,7 @@ from ..common.library import (
 )
 from . import reference
 from .problem import AttentionProblem
-from .vmap import batch_of, fold_inputs, fold_tensors, unfold
+from .vmap import batch_of, fold_inputs, fold_tensors, one_by_one, unfold
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_mask, Tensor? alibi_slopes, Tensor? sinks, "
@@ -186,6 +186,8 @@ class AttentionForward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if arguments[7] is not None:
+            return one_by_one(AttentionForward, info.batch_size, in_dims, arguments), (0, 0, 0)
         folded = fold_inputs(info.batch_size, in_dims[:8], arguments[:8])
         outputs = AttentionForward.apply(*folded, *arguments[8:])
         return unfold(info.batch_size, outputs), (0, 0, 0)
@@ -289,6 +291,8 @@ class AttentionBackward(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        if arguments[12] is not None:
+            return one_by_one(AttentionBackward, info.batch_size, in_dims, arguments), (0,) * len(DIFFERENTIABLE)
         mask, output_mask = arguments[8], arguments[14]
         results = fold_tensors(info.batch_size, in_dims[:5], arguments[:5])
         inputs = fold_inputs(info.batch_size, in_dims[5:13], arguments[5:13], each_mask=output_mask[3])
@@ -358,6 +362,8 @@ class AttentionWeights(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        if arguments[8] is not None:
+            return one_by_one(AttentionWeights, info.batch_size, in_dims, arguments)[0], 0
         (lse,) = fold_tensors(info.batch_size, in_dims[:1], arguments[:1])
         inputs = fold_inputs(info.batch_size, in_dims[1:9], arguments[1:9])
         weights = AttentionWeights.apply(lse, *inputs, *arguments[9:])

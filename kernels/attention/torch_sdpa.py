@@ -145,7 +145,7 @@ def _has_mask(problem: AttentionProblem) -> bool:
 
 def _says_is_causal(problem: AttentionProblem) -> bool:
     p = problem
-    causal = p.window_left < 0 and p.window_right == 0 and p.position_offset == 0
+    causal = all((p.window_left < 0, p.window_right == 0, p.position_offset == 0))  # `and` leaves a SymBool
     return causal and p.attn_mask is None and p.key_mask is None
 
 

@@ -4,7 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def one_by_one(
+    function: type[torch.autograd.Function], size: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """The outputs of ``function``, one element of vmap at a time, stacked.
+
+    For dropout: its mask is a function of the index in the batch, and folding would give an element another one.
+    """
+
+    def of(element: int, x: Any, dim: Any) -> Any:
+        if dim is None or not isinstance(x, Tensor):
+            return x
+        x = x.select(dim, element)
+        return x if x.dim() != 4 or x.stride(-1) == 1 else x.contiguous()
+
+    outputs = []
+    for element in range(size):
+        results = function.apply(*(of(element, x, dim) for x, dim in zip(arguments, in_dims, strict=True)))
+        outputs.append(results if isinstance(results, tuple) else (results,))
+    return tuple(torch.stack(group) for group in zip(*outputs, strict=True))
 
 
 def batch_of(x: Tensor, in_dim: int | None) -> int:
@@ -27,13 +49,11 @@ def fold_tensors(size: int, in_dims: tuple[int | None, ...], tensors: tuple[Any,
 def fold_inputs(
     size: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], each_mask: bool = False
 ) -> list[Tensor | None]:
-    """The eight tensors of a problem with vmap's dimension folded into the batch.
+    """The eight tensors of a problem without dropout, vmap's dimension folded into the batch.
 
     A mask shared by the batch and by all of vmap stays shared, unless ``each_mask`` asks for its gradient under vmap.
     """
-    query, mask, seed = inputs[0], inputs[3], inputs[7]
-    if seed is not None and in_dims[7] is not None:
-        raise ValueError("seed: got a different one for each element of vmap, expected one for all")
+    query, mask = inputs[0], inputs[3]
     folded = [*fold_tensors(size, in_dims[:3], inputs[:3]), None, *fold_tensors(size, in_dims[4:7], inputs[4:7])]
     if mask is not None:
         shared = in_dims[3] is None and mask.size(0) == 1
@@ -45,7 +65,7 @@ def fold_inputs(
             folded[3] = moved.expand(size, batch, *moved.shape[2:]).flatten(0, 1)
     # Flattening an expanded or moved tensor may leave a last stride that is not 1.
     folded[:3] = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in folded[:3]]
-    return [*folded, seed]
+    return [*folded, None]
 
 
 def unfold(size: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -30,9 +30,13 @@ BOTH: dict[str, Any] = {
     for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))
 }
 GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
-MOE: dict[str, Any] = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
-LENGTH = 11
-WINDOW = 4
+MOE: dict[str, Any] = {
+    "head_dim": 8,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "experts_implementation": "eager",
+}
+BATCH, LENGTH, WINDOW = 6, 11, 4
 
 # Name: (model class, configuration class, its arguments)
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -41,7 +45,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
     "Mistral": ("MistralForCausalLM", "MistralConfig", {**DECODER, "sliding_window": WINDOW}),
     "Gemma 2": ("Gemma2ForCausalLM", "Gemma2Config", {**DECODER, **GEMMA, "sliding_window": WINDOW}),
-    "gpt-oss": ("GptOssForCausalLM", "GptOssConfig", {**DECODER, **MOE, "sliding_window": WINDOW}),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**DECODER, **MOE, "sliding_window": WINDOW},
+    ),
     "BART": ("BartForConditionalGeneration", "BartConfig", {**TEXT, **BOTH, "d_model": 32}),
     "T5": (
         "T5ForConditionalGeneration",
@@ -66,45 +74,48 @@ def build(name: str) -> Any:
     model = getattr(transformers, model_class)(config).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.normal_(1.0, 0.1) if p.dim() == 1 else p.normal_(0.0, 0.2)
+            p.normal_(1.0 if p.dim() == 1 else 0.0, 0.1)
     return model
 
 
-def inputs_of(name: str, padding: str) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The arguments of a call, two samples of which one is padded; and (B, L), which positions of the result are real."""
+def inputs_of(name: str, padding: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The arguments of a call, each sample with more padding; and (B, L), which positions of the result are real."""
     if name == "ViT":
-        return {"pixel_values": torch.randn(2, 3, 16, 16)}, None
+        return {"pixel_values": torch.randn(BATCH, 3, 16, 16)}, torch.ones(BATCH, 5, dtype=torch.bool)
+    places, pad = torch.arange(LENGTH), torch.arange(BATCH)[:, None]
+    real = {"none": places >= 0 * pad, "left": places >= pad, "right": places < LENGTH - pad}[padding]
+    decoder = {"decoder_input_ids": torch.randint(3, 64, (BATCH, 7))}
     if name == "Whisper":
-        return {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": torch.randint(3, 64, (2, 7))}, None
-    real = torch.ones(2, LENGTH, dtype=torch.bool)
-    if padding != "none":
-        real[0, slice(0, 4) if padding == "left" else slice(7, None)] = False
-    arguments = {"input_ids": torch.randint(3, 64, (2, LENGTH))}
+        return {"input_features": torch.randn(BATCH, 8, 32), **decoder}, torch.ones(BATCH, 7, dtype=torch.bool)
+    arguments = {"input_ids": torch.randint(3, 64, (BATCH, LENGTH))}
     if padding != "none":
         arguments["attention_mask"] = real.long()
     if name not in ("BART", "T5"):
         return arguments, real
-    decoder_real = torch.arange(7) < torch.tensor([[7], [4]])
-    arguments |= {"decoder_input_ids": torch.randint(3, 64, (2, 7)), "decoder_attention_mask": decoder_real.long()}
-    return arguments, decoder_real
+    real = torch.arange(7) < 7 - pad
+    return {**arguments, **decoder, "decoder_attention_mask": real.long()}, real
 
 
-def evaluate(model: Any, arguments: dict[str, Tensor], real: Tensor | None, seed: int) -> dict[str, Tensor]:
-    """The result at real positions and, in one vector, the gradients of all parameters."""
-    dtype = model.dtype
+def evaluate(
+    model: Any, arguments: dict[str, Tensor], real: Tensor, seed: int, at_once: int = BATCH
+) -> dict[str, Tensor]:
+    """The result at real positions and, in one vector, the gradients of all parameters; so many samples in one call."""
     model.zero_grad()
-    out = model(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in arguments.items()})
-    result = out["logits"] if "logits" in out else out["last_hidden_state"]
-    result = result if real is None else result[real]
+    arguments = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in arguments.items()}
+    results = []
+    for first in range(0, BATCH, at_once):
+        out = model(**{name: x[first : first + at_once] for name, x in arguments.items()})
+        results.append(out["logits"] if "logits" in out else out["last_hidden_state"])
+    result = torch.cat(results)[real]
     generator = torch.Generator().manual_seed(seed)
-    (result * torch.randn(result.shape, generator=generator).to(dtype)).sum().backward()
+    (result * torch.randn(result.shape, generator=generator).to(model.dtype)).sum().backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return {"result": result.detach(), "gradients": torch.cat([grad.flatten() for grad in grads])}
 
 
 @pytest.fixture
 def _finite_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets "eager" run in float64: its lowest number is -inf to the float32 softmax there, and rows of padding then NaN."""
+    """Lets "eager" run in float64: its lowest number there is -inf in the float32 softmax, and rows of padding NaN."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
     def float32_mask(**arguments: Any) -> Tensor | None:
@@ -124,9 +135,9 @@ def test_is_as_accurate_as_eager(name: str, padding: str, seed: int) -> None:
     assert report.swapped
     assert not report.left
     truth = evaluate(copy.deepcopy(model).double(), arguments, real, seed)
-    eager, actual = (evaluate(module, arguments, real, seed) for module in (model, fused))
-    for what, x in actual.items():
-        assert_within_contract(x, truth[what], eager[what], what)
+    eager = [evaluate(model, arguments, real, seed, at_once) for at_once in (BATCH, 1)]
+    for what, x in evaluate(fused, arguments, real, seed).items():
+        assert_within_contract(x, truth[what], [attempt[what] for attempt in eager], what)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -135,7 +146,7 @@ def test_generates_the_same_tokens(name: str, cache: str) -> None:
     model = build(name)
     arguments, _ = inputs_of(name, "left")
     arguments = {key: arguments[key] for key in ("input_ids", "attention_mask")}
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     if cache == "static":
         options["cache_implementation"] = "static"
     expected = model.generate(**arguments, **options)
@@ -159,8 +170,7 @@ def test_returns_attention_weights_when_asked(name: str) -> None:
     layers = [out[key] for out in outputs]
     assert len(layers[2]) == len(layers[0]) == 2
     for truth, eager, actual in zip(*layers, strict=True):
-        # The rows of padding are its own affair.
-        keep = real[:, None, :, None].expand_as(actual) if real is not None else ...
+        keep = real[:, None, :, None].expand_as(actual)
         assert_within_contract(actual[keep], truth[keep].double(), eager[keep], "weights")
 
 
@@ -172,14 +182,16 @@ def test_verify_reports_every_output() -> None:
     assert 'attention "fusedformer" instead of "eager"' in str(report)
 
 
-def test_a_compiled_model_is_whole_and_agrees() -> None:
+def test_a_model_compiles_whole_with_changing_lengths() -> None:
     model = build("Mistral")
-    arguments, real = inputs_of("Mistral", "left")
     fusedformer.fuse(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        expected, actual = (run(**arguments, use_cache=False).logits[real] for run in (model, compiled))
-    torch.testing.assert_close(actual, expected)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for length in (LENGTH, 2 * LENGTH):
+        arguments = {"input_ids": torch.randint(3, 64, (2, length)), "use_cache": False}
+        real = torch.arange(length) >= torch.tensor([[3], [0]])
+        with torch.no_grad():
+            expected, actual = (run(**arguments, attention_mask=real).logits[real] for run in (model, compiled))
+        torch.testing.assert_close(actual, expected)
 
 
 def test_attention_modules_inside_are_swapped_too() -> None:
