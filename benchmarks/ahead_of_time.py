@@ -11,6 +11,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -93,13 +94,22 @@ class Combination:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a combination; ``code`` is None when the compiler refused, for the reason in ``error``."""
+    """What came of a combination.
+
+    Attributes:
+        asks_for_tma: the tile wants tensor descriptors and the problem allows them.
+        narrow_strides: uses of a stride in 32 bits, where offsets could overflow.
+        shared: bytes of shared memory.
+        code: None when the compiler refused.
+        error: why it did.
+    """
 
     combination: Combination
     tile: Tile
     asks_for_tma: bool
     seconds: float
-    shared: int = 0  # bytes
+    narrow_strides: int = 0
+    shared: int = 0
     code: MachineCode | None = None
     error: str = ""
 
@@ -211,7 +221,18 @@ def compile_one(combination: Combination) -> Compiled:
         return replace(compiled, seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
     code = from_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else from_amdgcn(kernel.asm["amdgcn"])
-    return replace(compiled, seconds=seconds, shared=kernel.metadata.shared, code=code)
+    narrow = narrow_strides(kernel.asm["ttir"])
+    return replace(compiled, seconds=seconds, narrow_strides=narrow, shared=kernel.metadata.shared, code=code)
+
+
+def narrow_strides(ttir: str) -> int:
+    """How often Triton's intermediate code does anything with a 32-bit stride but widen it."""
+    signature, body = ttir.split("tt.func public", 1)[1].split("\n", 1)
+    strides = re.findall(r"%\w+_strides\w*(?=: i32)", signature)
+    if not strides:
+        raise ValueError("no stride among the kernel's parameters")
+    used = re.compile("(" + "|".join(map(re.escape, strides)) + r")\b")
+    return sum(used.search(line) is not None and "arith.extsi" not in line for line in body.splitlines())
 
 
 def compile_all(
@@ -257,6 +278,8 @@ def violations(compiled: Compiled, allowed: dict[str, int]) -> list[str]:
         broken.append(f"spills {code.spilled} bytes, the table allows {allowed.get(str(c), 0)}")
     if code.spills_in_loops and c.dtype != torch.float32 and c.head_dim <= 128:
         broken.append(f"{code.spills_in_loops} instructions spill inside a loop, none may at 16 bits and this head dim")
+    if compiled.narrow_strides:
+        broken.append(f"{compiled.narrow_strides} uses of a stride in 32 bits")
     has_products = c.kernel != "backward_delta"
     if has_products and c.precision != "ieee" and not code.tensor_cores:
         broken.append("no tensor-core instruction")

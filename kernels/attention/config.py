@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 MIN_BLOCK = 16  # the smallest side of a tensor-core product
+MAX_EXTRAS = 5  # of ``triton_arguments.extras``
 _TABLES = Path(__file__).parent / "tuned"
 
 
@@ -32,7 +33,7 @@ class _Row:
     bits: int
     up_to_head_dim: int
     tile: Tile
-    extras: bool | None = None  # None: with and without
+    up_to_extras: int = MAX_EXTRAS
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -52,7 +53,7 @@ def is_tuned(architecture: str) -> bool:
     return (_TABLES / f"{architecture}.json").exists()
 
 
-def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architecture: str, extras: bool) -> Tile:
+def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architecture: str, extras: int) -> Tile:
     """The tile of a kernel for a class of problems.
 
     Args:
@@ -61,11 +62,12 @@ def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architect
         value_dim: of value.
         bits: of an element of query.
         architecture: as ``common.device.architecture`` names it.
-        extras: whether more is done to a score than to scale it and to hold it inside a band: a mask, dropout, a
-            softcap or ALiBi needs registers beside the scores, so that a smaller tile is the largest that fits.
+        extras: how many of these a score goes through: a mask of its own, a key's mask, dropout, softcap, ALiBi. Each
+            needs registers beside the scores, so that a smaller tile is the largest that fits.
     """
     widest = padded_head_dim(max(head_dim, value_dim))
     for row in _table(architecture):
-        if row.kernel == kernel and row.bits == bits and widest <= row.up_to_head_dim and row.extras in (None, extras):
+        fits = widest <= row.up_to_head_dim and extras <= row.up_to_extras
+        if row.kernel == kernel and row.bits == bits and fits:
             return row.tile
     raise ValueError(f"no tile for {kernel}, {bits} bits, head dim {widest} on {architecture}")

@@ -173,7 +173,7 @@ def _merge_masks(
         check_tensor("key_mask", key_mask, device=query.device)
         _check_mask_dtype("key_mask", key_mask)
         check_shape("key_mask", key_mask, (batch, len_k), "(B, S)")
-        key_mask = key_mask[:, None, :].expand(batch, heads, len_k)
+        key_mask = _sum_in_single(key_mask)[:, None, :].expand(batch, heads, len_k)
     if attn_mask is None:
         return None, key_mask
     check_tensor("attn_mask", attn_mask, device=query.device)
@@ -184,7 +184,7 @@ def _merge_masks(
     check_shape("attn_mask", full, (batch, heads, len_q, len_k), "a shape that broadcasts to (B, H, L, S)")
     if full.size(2) != 1:
         return full, key_mask
-    per_key = full[:, :, 0, :].expand(batch, heads, len_k)
+    per_key = _sum_in_single(full[:, :, 0, :]).expand(batch, heads, len_k)
     if key_mask is None:
         return None, per_key
     if per_key.dtype == torch.bool:
@@ -196,6 +196,11 @@ def _merge_masks(
     if per_key.dtype == torch.bool:
         return None, per_key & key_mask
     return None, per_key.masked_fill(~key_mask, float("-inf"))
+
+
+def _sum_in_single(mask: Tensor) -> Tensor:
+    """A trainable half mask in float32, so that its gradient, which comes for each head, is rounded after the sum over them."""
+    return mask.float() if mask.requires_grad and mask.element_size() < 4 else mask
 
 
 def _per_head(name: str, x: Tensor | None, query: Tensor) -> Tensor | None:

@@ -53,11 +53,10 @@ def scale_later(problem: AttentionProblem) -> bool:
     return p.query.dtype != torch.float32 and p.scale > 0.0 and not adds and not masks_add
 
 
-def has_extras(problem: AttentionProblem) -> bool:
-    """Whether more is done to a score than to scale it and to hold it inside a band; see ``config.pick_config``."""
+def extras(problem: AttentionProblem) -> int:
+    """How many things a score goes through beside its scale and the band; see ``config.pick_config``."""
     p = problem
-    reads = any(x is not None for x in (p.attn_mask, p.key_mask, p.alibi_slopes, p.seed))
-    return reads or p.softcap > 0.0
+    return sum(x is not None for x in (p.attn_mask, p.key_mask, p.alibi_slopes, p.seed)) + (p.softcap > 0.0)
 
 
 def problem_arguments(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:

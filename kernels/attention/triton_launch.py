@@ -17,7 +17,7 @@ from ..common.device import architecture
 from ..common.library import empty_in_order_of, gradient_like
 from .config import Tile, pick_config
 from .problem import AttentionProblem
-from .triton_arguments import broadcast_strides, has_extras, problem_arguments, strides
+from .triton_arguments import broadcast_strides, extras, problem_arguments, strides
 from .triton_backward import (
     attention_backward_delta_kernel,
     attention_backward_dkdv_kernel,
@@ -192,7 +192,7 @@ def weights(lse: Tensor, problem: AttentionProblem, average_heads: bool) -> Tens
 
 def _tile(kernel: str, problem: AttentionProblem, arch: str) -> Tile:
     q, v = problem.query, problem.value
-    return pick_config(kernel, q.size(3), v.size(3), 8 * q.element_size(), arch, has_extras(problem))
+    return pick_config(kernel, q.size(3), v.size(3), 8 * q.element_size(), arch, extras(problem))
 
 
 def _launch(kernel: Any, programs: int, problem: AttentionProblem, tile: Tile, own: dict[str, Any]) -> Launch:

@@ -112,6 +112,11 @@ WHOLE: dict[str, dict[str, Any]] = {
         "local_size": 3,
         "config": SimpleNamespace(attention_chunk_size=3, sliding_window=None),
     },
+    "chunks of a window's size": {
+        "mask_function": chunked_causal_mask_function(3, torch.zeros(BATCH, dtype=torch.long)),
+        "local_size": 3,
+        "config": SimpleNamespace(attention_chunk_size=3, sliding_window=3),
+    },
     "window both ways": {
         "mask_function": sliding_window_bidirectional_mask_function(2),
         "local_size": 2,
@@ -144,12 +149,15 @@ def test_all_else_gets_the_whole_mask(changes: dict[str, Any], padding: str) -> 
     assert torch.equal(actual.expand_as(expected), expected)
 
 
-def test_a_padding_mask_shorter_than_the_cache_is_padded() -> None:
+def test_a_padding_mask_is_cut_or_padded_to_the_keys() -> None:
     padding = torch.arange(4) >= torch.tensor([[0], [1], [2]])
-    mask = compact_mask(BATCH, 2, 6, 4, attention_mask=padding)
-    assert mask is not None
-    assert mask[:, 0, 0, 4:].eq(0).all()
-    assert torch.equal(mask[:, 0, 0, :4].bool(), padding)
+    longer = compact_mask(BATCH, 2, 6, 4, attention_mask=padding)
+    assert longer is not None
+    assert longer[:, 0, 0, 4:].eq(0).all()
+    assert torch.equal(longer[:, 0, 0, :4].bool(), padding)
+    cut = compact_mask(BATCH, 2, 2, 1, 1, attention_mask=padding)
+    assert cut is not None
+    assert torch.equal(cut[:, 0, 0].bool(), padding[:, 1:3])
 
 
 def plain_attention(
@@ -174,7 +182,7 @@ def plain_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-@pytest.mark.parametrize("mask", ["none", "compact", "bool", "float", "row"])
+@pytest.mark.parametrize("mask", ["none", "compact", "bool", "float", "row", "row per head"])
 @pytest.mark.parametrize("feature", ["plain", "softcap", "s_aux", "position_bias"])
 def test_every_argument_counts(mask: str, feature: str) -> None:
     len_q, len_k = (7, 7) if mask in ("none", "compact") else (7, 9)
@@ -190,6 +198,8 @@ def test_every_argument_counts(mask: str, feature: str) -> None:
         given = torch.randn(BATCH, 1, len_q, len_k).double()
     elif mask == "row":
         given = visible = padding_of("left", len_k)[:, None, None]  # type: ignore[index]
+    elif mask == "row per head":
+        given = visible = (torch.rand(BATCH, 4, 1, len_k) < 0.7).index_fill(3, torch.tensor([0]), True)
     added: Any = given if mask == "float" else torch.zeros(()).double().masked_fill(~visible, float("-inf"))
     options: dict[str, Any] = {}
     if feature == "softcap":
@@ -229,6 +239,9 @@ def test_dropout_is_that_of_the_weights_returned() -> None:
     out, weights = fused_attention(BIDIRECTIONAL, query, key, value, None, dropout=0.5, output_attentions=True)
     assert weights is not None
     assert (weights == 0).any()
+    assert not torch.equal(out, fused_attention(BIDIRECTIONAL, query, key, value, None, dropout=0.5)[0])
+    again = fused_attention(BIDIRECTIONAL, query, key, value, None, dropout=0.5, output_attentions=True)[1]
+    assert not torch.equal(weights, again)  # type: ignore[arg-type]
     torch.testing.assert_close(out, (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from tests.cases import Case, make_inputs
-from tests.kernels.attention.eager import assert_results_within_contract, fused, results
+from tests.cases import Case, Inputs, make_inputs
+from tests.kernels.attention.eager import assert_results_within_contract, eager, eager_attention, fused, results
 from tests.kernels.attention.lanes import interpreted
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -45,22 +47,34 @@ def cases(draw: hypothesis.strategies.DrawFn, longest: int, widest: int, batch: 
     )
 
 
+# No shrinking: the interpreter would take minutes, and a problem drawn is small already.
+PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate)
+settings = functools.partial(hypothesis.settings, deadline=None, phases=PHASES)
 # Half precision, whose rounding errors are many and alike: the bound is then not a matter of luck on a handful of numbers.
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+def draw_inputs(case: Case, dtype: torch.dtype, number: int) -> Inputs:
+    """Inputs whose rows see several keys. Where one key has all the weight the gradients of query and key are 0 by cancellation,
+    exactly so in eager's softmax, and a bound relative to such an error and such a result says nothing."""
+    inputs = make_inputs(case, dtype, "cpu", number)
+    double = inputs.to(torch.float64)
+    options = {name: x for name, x in double.options.items() if name not in ("dropout_p", "seed")}
+    _, _, weights = eager_attention(double.query, double.key, double.value, **options)
+    hypothesis.assume(bool(weights.square().sum(-1).mean() < 0.4))
+    return inputs
+
+
+@settings(max_examples=60)
 @hypothesis.given(case=cases(longest=70, widest=100, batch=3), dtype=DTYPES, number=SEEDS)
 def test_reference_on_any_problem(case: Case, dtype: torch.dtype, number: int) -> None:
-    inputs = make_inputs(case, dtype, "cpu", number)
+    inputs = draw_inputs(case, dtype, number)
     assert_results_within_contract(results(fused("reference"), inputs), inputs)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @hypothesis.given(case=cases(longest=70, widest=100, batch=3), number=SEEDS)
 def test_reference_on_any_problem_in_float64(case: Case, number: int) -> None:
-    from tests.kernels.attention.eager import eager
-
     inputs = make_inputs(case, torch.float32, "cpu", number).to(torch.float64)
     actual, expected = results(fused("reference"), inputs), results(eager(), inputs)
     for name, x in actual.items():
@@ -68,26 +82,26 @@ def test_reference_on_any_problem_in_float64(case: Case, number: int) -> None:
 
 
 @interpreted
-@hypothesis.settings(max_examples=25, deadline=None)
+@settings(max_examples=20)
 @hypothesis.given(case=cases(longest=35, widest=40, batch=2), number=SEEDS)
 def test_kernels_on_any_problem(case: Case, number: int) -> None:
-    inputs = make_inputs(case, torch.float16, "cpu", number)
+    inputs = draw_inputs(case, torch.float16, number)
     assert_results_within_contract(results(fused("triton"), inputs), inputs)
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @hypothesis.given(
     case=cases(longest=70, widest=100, batch=3).map(
         lambda c: Case(
             "drawn", batch=c.batch, heads=c.heads, heads_kv=c.heads_kv, len_q=c.len_q, len_k=c.len_k, head_dim=c.head_dim,
-            is_causal=c.is_causal, causal_alignment=c.causal_alignment, window=c.window, layout=c.layout, key_mask=c.key_mask,
-            mask="" if c.mask.startswith("float32") or "1S" in c.mask else c.mask,
+            is_causal=c.is_causal, causal_alignment=c.causal_alignment, window=c.window, layout=c.layout, key_mask=c.key_mask and "bool",
+            mask="" if c.mask.startswith("float") or "1S" in c.mask else c.mask,
         )
     ),
     dtype=DTYPES,
     number=SEEDS,
 )  # fmt: skip
 def test_torch_on_any_problem(case: Case, dtype: torch.dtype, number: int) -> None:
-    inputs = make_inputs(case, dtype, "cpu", number)
     hypothesis.assume(not (case.len_q == 1 and case.mask and (case.heads_kv or case.key_mask)))  # a key mask of each head
+    inputs = draw_inputs(case, dtype, number)
     assert_results_within_contract(results(fused("torch"), inputs, with_lse=False), inputs)
