@@ -1,4 +1,4 @@
-"""Attention problems, declared once for every lane of proof: each feature, each odd size, each layout, and their mixtures."""
+"""Attention problems, declared once for every lane of proof: each feature, each odd size, each layout, and mixtures."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Case:
 
     Attributes:
         name: the feature it is there for; with the shape it makes the test's id.
-        mask: ``attn_mask`` as "dtype shape [layout]": dtype bool, float (that of query) or float32; shape a word of B, H, L, S
-            and 1; layout "transposed" (L is the fastest dimension) or "expanded" (given as (B, H, L, S), stride 0 where 1).
+        mask: ``attn_mask`` as "dtype shape [layout]": dtype bool, float (that of query) or float32; shape a word of
+            B, H, L, S and 1; layout "transposed" (L is the fastest dimension) or "expanded" (given as (B, H, L, S),
+            stride 0 where 1).
         key_mask: "" for none, "bool" or "float".
         alibi: "" for none, "H" or "BH", the shape of the slopes.
         layout: of query, key and value in memory, see :func:`_laid_out`.
@@ -67,9 +68,11 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers in another floating dtype."""
-        tensors = (x.to(dtype) for x in (self.query, self.key, self.value, self.grad_out))
+        query, key, value, grad_out, grad_lse = (
+            x.to(dtype) for x in (self.query, self.key, self.value, self.grad_out, self.grad_lse)
+        )
         options = {name: x.to(dtype) if _is_floating(x) else x for name, x in self.options.items()}
-        return Inputs(*tensors, self.grad_lse.to(dtype), options)
+        return Inputs(query, key, value, grad_out, grad_lse, options)
 
     def leaves(self) -> tuple[Inputs, dict[str, Tensor]]:
         """The same views, each differentiable one a leaf that requires a gradient; and those by name."""
@@ -109,7 +112,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> Input
             mask = _some(shape, 0.7, generator).to(device)
         else:
             excluded = _some(shape, 0.1, generator).to(device)
-            mask = normal(*shape, dtype=dtype if kind == "float" else torch.float32).masked_fill(excluded, float("-inf"))
+            mask = normal(*shape, dtype=dtype if kind == "float" else torch.float32).masked_fill(
+                excluded, float("-inf")
+            )
         if "transposed" in layout:
             mask = mask.mT.contiguous().mT
         if "expanded" in layout:
@@ -230,12 +235,13 @@ CASES = (
     Case("layout", layout="shared batch", len_k=33, mask="float LS"),
     # mixtures
     Case(
-        "decoder", heads=2, heads_kv=1, len_q=33, is_causal=True, key_mask="bool", mask="float 1HLS", dropout_p=0.2,
-        layout="BLHE",
+        "decoder", heads=2, heads_kv=1, len_q=33, is_causal=True, key_mask="bool", mask="float 1HLS",
+        dropout_p=0.2, layout="BLHE",
     ),
     Case(
-        "everything", batch=1, heads=8, heads_kv=4, len_k=33, value_dim=40, is_causal=True, causal_alignment="bottom_right",
-        window=(20, None), softcap=2.0, alibi="H", sinks=True, mask="float B1LS", key_mask="float", dropout_p=0.3,
+        "everything", batch=1, heads=8, heads_kv=4, len_k=33, value_dim=40, is_causal=True, window=(20, None),
+        causal_alignment="bottom_right", softcap=2.0, alibi="H", sinks=True, mask="float B1LS", key_mask="float",
+        dropout_p=0.3,
     ),
     Case("excluded twice", len_k=33, mask="bool BHLS", key_mask="bool", dropout_p=0.5, value_dim=5, window=(None, 8)),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every test runs under: fresh seeds, uninitialised memory full of NaN, Triton interpreted where there is no GPU."""
+"""What every test runs under: fresh seeds, memory that starts as NaN, Triton interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--seed")
     config.stash[RUN_SEED] = secrets.randbits(31) if given is None else given
-    torch.set_num_threads(1)  # tensors here are small; threads that wait for each other on a busy machine are far slower
+    # Tensors here are small, and threads that wait for each other on a busy machine are far slower than one.
+    torch.set_num_threads(1)
     # A result that a kernel did not write shows as NaN, wherever the memory was allocated: in a launcher, or in C++.
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -2,12 +2,12 @@
 
     error(actual) <= 2 * error(eager) + band
 
-``error`` is the distance to the float64 truth; ``eager`` is torch's own eager computation from the same inputs in the same
-dtype; ``band`` is one rounding of the output dtype at the truth's magnitude. It must hold in two norms over the tensor: the
-largest element (no element is far off) and the root mean square (most are not slightly off), each with the truth's magnitude
-in that norm. Per element it could not be sound: eager hits single elements exactly by luck. So it may a whole tensor, where
-one row's cancellation makes up the error; so eager may be computed several times, its sums in other orders, and the worst
-counts.
+``error`` is the distance to the float64 truth; ``eager`` is torch's own eager computation from the same inputs in the
+same dtype; ``band`` is one rounding of the output dtype at the truth's magnitude. It must hold in two norms over the
+tensor: the largest element (no element is far off) and the root mean square (most are not slightly off), each with the
+truth's magnitude in that norm. Per element it could not be sound: eager hits single elements exactly by luck. So it may
+a whole tensor, where one row's cancellation makes up the error; so eager may be computed several times, its sums in
+other orders, and the worst counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ NORMS: dict[str, Callable[[Tensor], float]] = {
 }
 
 
-def assert_within_contract(actual: Tensor, truth: Tensor, eager: Tensor | Sequence[Tensor], what: str = "result") -> None:
+def assert_within_contract(
+    actual: Tensor, truth: Tensor, eager: Tensor | Sequence[Tensor], what: str = "result"
+) -> None:
     """Fails unless ``actual`` holds the contract.
 
     Args:
@@ -63,6 +65,21 @@ def _finite_errors(eager: Tensor, truth: Tensor) -> Tensor:
     measured = truth.isfinite() & eager64.isfinite()  # where eager overflows it sets no bound
     assert measured.any(), "eager has no finite element to compare with"
     return (eager64 - truth)[measured]
+
+
+def assert_no_mistake(actual: Tensor, truth: Tensor, what: str = "result") -> None:
+    """For drawn problems, which may be a handful of numbers, or cancel: half the digits must be right.
+
+    A mistake (a wrong index, a term left out) is as large as the result or as the numbers that go in, which are of
+    order 1.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, the truth {tuple(truth.shape)}"
+    finite = truth.isfinite()
+    actual64 = actual.detach().to(truth.device, torch.float64)
+    assert torch.equal(actual64[~finite], truth[~finite]), f"{what}: infinities differ from the truth's"
+    magnitude = max(1.0, truth[finite].abs().amax().item()) if finite.any() else 1.0
+    wrong = finite & ~((actual64 - truth).abs() <= torch.finfo(actual.dtype).eps ** 0.5 * magnitude)
+    assert not wrong.any(), f"{what}: wrong at {_where(wrong)}"
 
 
 def assert_equal_bits(actual: Tensor, expected: Tensor, what: str = "result") -> None:

@@ -155,20 +155,16 @@ def _set_container(name: str, module: torch.nn.Module) -> Iterator[Entry]:
 def _swap_huggingface(model: torch.nn.Module) -> Iterator[Entry]:
     huggingface = _huggingface()
     huggingface.register()
-    # Choosing for one model may reach one inside it, so what all of them had is read first.
-    for name, part, before in [(*found, huggingface.implementation(found[1])) for found in huggingface.models(model)]:
-        reason = huggingface.refusal(part)
+    for name, part in huggingface.models(model):
+        kind, before, reason = type(part).__name__, huggingface.implementation(part), huggingface.refusal(part)
         if before == huggingface.NAME:
-            reason = "it runs fusedformer's attention already"
-        if reason is not None:
-            if huggingface.implementation(part) != before:
-                huggingface.choose(part, before)
-            yield Entry(name, type(part).__name__, LEFT, reason)
+            yield Entry(name, kind, LEFT, "it runs fusedformer's attention already")
+        elif reason is not None:
+            yield Entry(name, kind, LEFT, reason)
         else:
             huggingface.choose(part, huggingface.NAME)
             part.__dict__[_BEFORE] = {_HUGGINGFACE: before}
-            detail = f'attention "{huggingface.NAME}" instead of "{before}"'
-            yield Entry(name, type(part).__name__, SWAPPED, detail)
+            yield Entry(name, kind, SWAPPED, f'attention "{huggingface.NAME}" instead of "{before}"')
 
 
 def _huggingface() -> Any:

@@ -199,7 +199,7 @@ def _merge_masks(
 
 
 def _sum_in_single(mask: Tensor) -> Tensor:
-    """A trainable half mask in float32, so that its gradient, which comes for each head, is rounded after the sum over them."""
+    """A trainable half mask in float32: its gradient, one for each head, is then rounded after the sum over them."""
     return mask.float() if mask.requires_grad and mask.element_size() < 4 else mask
 
 

@@ -20,6 +20,8 @@ def refusals(problem: AttentionProblem, automatic: bool) -> list[str]:
         reasons.append(f"kernels are for float32, float16 and bfloat16, not {dtype_name(p.query.dtype)}")
     if p.query.size(3) > MAX_HEAD_DIM or p.value.size(3) > MAX_HEAD_DIM:
         reasons.append(f"head dims up to {MAX_HEAD_DIM}, got E {p.query.size(3)} and Ev {p.value.size(3)}")
+    if p.query.dtype == torch.float32 and p.precision == "tf32x3" and torch.version.hip is not None:
+        reasons.append("Triton computes no tf32x3 products on AMD GPUs")
     return reasons
 
 

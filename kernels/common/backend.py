@@ -76,8 +76,8 @@ class Explanation:
 
 
 class _Scope(threading.local):
-    # Thread-local rather than a ContextVar: Dynamo guards attributes of the former, if the instance (one to each thread) has
-    # them; a default that the class holds is not guarded against an instance's that comes later.
+    # Thread-local rather than a ContextVar: Dynamo guards attributes of the former. They are the instance's (one for
+    # each thread): a default that the class holds is not guarded against an instance's that comes later.
     def __init__(self) -> None:
         self.backend: str = AUTO
         self.decisions: list[Decision] | None = None

@@ -1,14 +1,14 @@
-"""Philox 4x32-10 against its published known answers, the counter layout against a scalar statement of it, and the kernels'
-version against both, bit for bit."""
+"""Philox 4x32-10 against its published known answers, the counter layout against a scalar statement of it, and the
+kernels' version against both, bit for bit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.attention.lanes import interpreted
 
 from fusedformer.kernels.common import philox
 from fusedformer.kernels.common.device import TRITON_INSTALLED
+from tests.kernels.attention.lanes import interpreted
 
 if TRITON_INSTALLED:
     import triton
@@ -94,8 +94,8 @@ def test_seeds_are_drawn_from_torchs_generator() -> None:
 
 
 def check_keep_tile(device: str, rows: int, columns: int, block_m: int, block_n: int) -> None:
-    @triton.jit
-    def keep_kernel(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def keep_kernel(  # type: ignore[no-untyped-def]
         seed_ptr, keep_ptr, len_q, len_k, drop_below, STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
     ):
         matrix, start_m, start_n = tl.program_id(2), tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N

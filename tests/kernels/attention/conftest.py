@@ -11,8 +11,8 @@ from fusedformer.kernels.common.device import TRITON_INSTALLED, TRITON_INTERPRET
 
 @pytest.fixture(autouse=True)
 def _products_do_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BLAS sums in an order that depends on a product's shape, so backward's scores would not be forward's: in fp32 the error
-    of a peaked row would be BLAS's. Products summed in float64 and rounded once have no order."""
+    """BLAS sums in an order that depends on a product's shape, so backward's scores would not be forward's: in fp32 the
+    error of a peaked row would be BLAS's. Products summed in float64 and rounded once have no order."""
     if not (TRITON_INSTALLED and TRITON_INTERPRETED):
         return
     import numpy

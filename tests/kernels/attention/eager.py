@@ -1,5 +1,6 @@
-"""Attention written out once more, independently of the library: every step in the inputs' own dtype, as a user of plain torch
-would. In float64 it is the truth, in the working dtype the error that the contract measures ours against."""
+"""Attention written out once more, independently of the library: every step in the inputs' own dtype, as a user of
+plain torch would. In float64 it is the truth, in the working dtype the error that the contract measures ours
+against."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tests.cases import Inputs
 from tests.tolerances import assert_within_contract
 
 Results = dict[str, Tensor]
+call: Callable[..., Any] = attention  # its overloads do not take lists and dicts of arguments apart
 INF = float("inf")
 ATTEMPTS = {torch.float32: 12}  # half precision rounds so often that luck averages out
 
@@ -41,8 +43,9 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, lse, weights)``; arguments as those of ``fusedformer.functional.attention``.
 
-    ``attempt`` changes what mathematics leaves open: the order of every sum (of slots and features), and whether the scale
-    goes to the product, to the query (as in ``nn.MultiheadAttention``) or by its root to both (as in torch's SDPA).
+    ``attempt`` changes what mathematics leaves open: the order of every sum (of slots and features), and whether the
+    scale goes to the product, to the query (as in ``nn.MultiheadAttention``) or by its root to both (as in torch's
+    SDPA).
     """
     batch, heads, len_q, head_dim = query.shape
     len_k, device = key.size(2), query.device
@@ -57,7 +60,9 @@ def eager_attention(
     visible = _visible(position, slots, is_causal, window)
     scale = head_dim**-0.5 if scale is None else scale
     root = abs(scale) ** 0.5
-    before, between, after = ((1.0, 1.0, scale), (scale, 1.0, 1.0), (root, root if scale > 0 else -root, 1.0))[attempt % 3]
+    before, between, after = ((1.0, 1.0, scale), (scale, 1.0, 1.0), (root, root if scale > 0 else -root, 1.0))[
+        attempt % 3
+    ]
     scores = torch.einsum("bhle,bhse->bhls", query * before, key * between) * after
     if softcap:
         scores = softcap * (scores / softcap).tanh()
@@ -125,16 +130,17 @@ def fused(backend: str, **given: Any) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def function(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         if backend == "torch":
-            out = attention(*tensors, **options, **given, backend=backend)
+            out: Tensor = call(*tensors, **options, **given, backend=backend)
             return out, out.new_empty(0)
-        return attention(*tensors, **options, **given, backend=backend, return_lse=True)
+        both: tuple[Tensor, Tensor] = call(*tensors, **options, **given, backend=backend, return_lse=True)
+        return both
 
     return function
 
 
 def eager(attempt: int = 0) -> Callable[..., tuple[Tensor, Tensor]]:
-    def function(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        return eager_attention(*tensors, **options, attempt=attempt)[:2]
+    def function(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return eager_attention(query, key, value, **options, attempt=attempt)[:2]
 
     return function
 

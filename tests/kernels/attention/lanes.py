@@ -7,7 +7,8 @@ import pytest
 from fusedformer.kernels.common.device import TRITON_INSTALLED, TRITON_INTERPRETED
 
 interpreted = pytest.mark.skipif(
-    not (TRITON_INSTALLED and TRITON_INTERPRETED), reason="Triton compiles for the GPU here; TRITON_INTERPRET=1 interprets"
+    not (TRITON_INSTALLED and TRITON_INTERPRETED),
+    reason="Triton compiles for the GPU here; TRITON_INTERPRET=1 interprets",
 )
 REFERENCE = pytest.param("reference", "cpu", id="reference")
 TORCH = pytest.param("torch", "cpu", id="torch")

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not there, and into what it should: see ``benchmarks/ahead_of_time.py``.
+"""Every Triton kernel compiles for GPUs that are not there, and into what it should (``benchmarks/ahead_of_time.py``).
 
 Compiles the combinations that cover every pair of kernel, architecture, precision, head dim and features;
 ``python -m benchmarks inspect`` compiles all.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from benchmarks.ahead_of_time import (
     SPILLS,
     Combination,
     Compiled,
+    all_combinations,
     allowed_spills,
     compile_all,
     covering_combinations,
@@ -77,13 +77,11 @@ GOOD = Compiled(
 
 def of(compiled: Compiled, **changes: Any) -> Compiled:
     """``compiled`` with changes to it, to its combination or to its machine code."""
-    assert compiled.code is not None
-    for part in (compiled.combination, compiled.code):
-        own = {name: value for name, value in changes.items() if hasattr(part, name)}
-        name = "combination" if part is compiled.combination else "code"
-        compiled = replace(compiled, **{name: replace(part, **own)})
-        changes = {key: value for key, value in changes.items() if key not in own}
-    return replace(compiled, **changes)
+    parts: dict[str, Any] = {"combination": compiled.combination, "code": compiled.code}
+    for name, part in parts.items():
+        own = {key: changes.pop(key) for key in list(changes) if hasattr(part, key)}
+        parts[name] = replace(part, **own)
+    return replace(compiled, **parts, **changes)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +129,6 @@ def test_the_table_allows_so_many_bytes_and_no_more() -> None:
 
 
 def test_the_table_names_combinations_that_exist() -> None:
-    from benchmarks.ahead_of_time import all_combinations
-
     assert ALLOWED.keys() <= {str(combination) for combination in all_combinations()}
     assert all(spilled > 0 for spilled in ALLOWED.values())
 

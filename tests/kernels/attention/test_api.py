@@ -14,28 +14,33 @@ B, H, L, S, E = 2, 4, 5, 7, 8
 
 
 def tensors(**replaced: Any) -> dict[str, Any]:
-    return {"query": torch.randn(B, H, L, E), "key": torch.randn(B, H, S, E), "value": torch.randn(B, H, S, E)} | replaced
+    return {
+        "query": torch.randn(B, H, L, E),
+        "key": torch.randn(B, H, S, E),
+        "value": torch.randn(B, H, S, E),
+    } | replaced
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     # type and layout
     ({"query": [1.0]}, TypeError, "query: got list, expected a Tensor"),
     ({"key": None}, TypeError, "key: got NoneType, expected a Tensor"),
-    ({"value": torch.randn(B, H, S, E).to_sparse()}, TypeError, "value: got a nested or sparse tensor, expected a dense one"),
+    ({"value": torch.randn(B, H, S, E).to_sparse()}, TypeError, "value: got a nested or sparse tensor, expected"),
     ({"key": torch.nested.nested_tensor([torch.randn(2, 3)])}, TypeError, "key: got a nested or sparse tensor"),
     ({"key": torch.randn(B, H, S, E, device="meta")}, ValueError, "key: got a tensor on meta, expected cpu"),
     # dtype
-    ({"query": torch.ones(B, H, L, E, dtype=torch.int64)}, TypeError, "query: got int64, expected one of float32, float16"),
-    ({"query": torch.ones(B, H, L, E, dtype=torch.complex64)}, TypeError, "query: got complex64, expected one of float32"),
+    ({"query": torch.ones(B, H, L, E, dtype=torch.int64)}, TypeError, "query: got int64, expected one of float32"),
+    ({"query": torch.ones(B, H, L, E, dtype=torch.complex64)}, TypeError, "query: got complex64, expected one of"),
     ({"key": torch.randn(B, H, S, E).half()}, TypeError, "key: got float16, expected float32"),
     ({"value": torch.randn(B, H, S, E).double()}, TypeError, "value: got float64, expected float32"),
     # shape
-    ({"query": torch.randn(H, L, E)}, ValueError, r"query: got shape \(4, 5, 8\), expected 4 dimensions \(batch, heads, length"),
+    ({"query": torch.randn(H, L, E)}, ValueError, r"query: got shape \(4, 5, 8\), expected 4 dimensions \(batch"),
     ({"key": torch.randn(1, B, H, S, E)}, ValueError, "key: got shape .*, expected 4 dimensions"),
     ({"value": torch.randn(S, E)}, ValueError, r"value: got shape \(7, 8\), expected 4 dimensions"),
-    ({"query": torch.randn(B, H, L, 0), "key": torch.randn(B, H, S, 0)}, ValueError, "query: got .*, expected a head dim of at"),
-    ({"key": torch.randn(3, H, S, E)}, ValueError, r"key: got shape \(3, .*expected \(B, Hkv, S, E\) = \(2, Hkv, S, 8\)"),
-    ({"key": torch.randn(B, H, S, 9)}, ValueError, r"key: got shape .*9\), expected \(B, Hkv, S, E\) = \(2, Hkv, S, 8\)"),
+    ({"query": torch.randn(B, H, L, 0), "key": torch.randn(B, H, S, 0)}, ValueError,
+     "query: got .*, expected a head dim of at least 1"),
+    ({"key": torch.randn(3, H, S, E)}, ValueError, r"key: got shape \(3, .*expected .* = \(2, Hkv, S, 8\)"),
+    ({"key": torch.randn(B, H, S, 9)}, ValueError, r"key: got shape .*9\), expected .* = \(2, Hkv, S, 8\)"),
     ({"value": torch.randn(B, H, 6, E)}, ValueError, r"value: got shape \(2, 4, 6, 8\), expected .* = \(2, 4, 7, Ev\)"),
     ({"value": torch.randn(B, 2, S, E)}, ValueError, r"value: got shape \(2, 2, 7, 8\), expected .* = \(2, 4, 7, Ev\)"),
     ({"value": torch.randn(B, H, S, 0)}, ValueError, r"value: got shape \(2, 4, 7, 0\), expected"),
@@ -48,9 +53,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
      "key: got 0 heads, expected a number that divides the 4 query heads"),
     # masks
     ({"attn_mask": [[True]]}, TypeError, "attn_mask: got list, expected a Tensor"),
-    ({"attn_mask": torch.ones(L, S, dtype=torch.int32)}, TypeError, "attn_mask: got int32, expected bool .* or a floating type"),
-    ({"attn_mask": torch.ones(L, S + 1)}, ValueError, r"attn_mask: got shape \(1, 1, 5, 8\), expected .*\(2, 4, 5, 7\)"),
-    ({"attn_mask": torch.ones(3, 1, L, S)}, ValueError, r"attn_mask: got shape \(3, 1, 5, 7\), expected .*\(2, 4, 5, 7\)"),
+    ({"attn_mask": torch.ones(L, S, dtype=torch.int32)}, TypeError, "attn_mask: got int32, expected bool .* or a"),
+    ({"attn_mask": torch.ones(L, S + 1)}, ValueError, r"attn_mask: got shape \(1, 1, 5, 8\), exp.*\(2, 4, 5, 7\)"),
+    ({"attn_mask": torch.ones(3, 1, L, S)}, ValueError, r"attn_mask: got shape \(3, 1, 5, 7\), exp.*\(2, 4, 5, 7\)"),
     ({"attn_mask": torch.ones(1, 1, 1, L, S)}, ValueError, "attn_mask: got shape .*, expected at most 4 dimensions"),
     ({"attn_mask": torch.ones(L, S, device="meta")}, ValueError, "attn_mask: got a tensor on meta, expected cpu"),
     ({"key_mask": torch.ones(B, S, dtype=torch.int64)}, TypeError, "key_mask: got int64, expected bool"),
@@ -66,8 +71,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": "30"}, TypeError, "softcap: got str, expected a number"),
     ({"softcap": float("nan")}, ValueError, "softcap: got nan, expected a positive number, or None"),
     ({"softcap": -1.0}, ValueError, "softcap: got -1.0, expected a positive number, or None"),
-    ({"precision": "fp32"}, ValueError, "precision: got 'fp32', expected one of .*'ieee', 'tf32', 'tf32x3'"),
-    ({"causal_alignment": "left"}, ValueError, "causal_alignment: got 'left', expected \"top_left\" or \"bottom_right\""),
+    ({"precision": "fp32"}, ValueError, "precision: got 'fp32', expected one of .*'ieee', 'tf32'"),
+    ({"causal_alignment": "left"}, ValueError, "causal_alignment: got 'left', expected .top_left. or .bottom_right."),
     ({"window": (1, 2, 3)}, ValueError, r"window: got \(1, 2, 3\), expected \(left, right\)"),
     ({"window": 3}, ValueError, r"window: got 3, expected \(left, right\)"),
     ({"window": (1.5, 0)}, TypeError, r"window: got \(1.5, 0\), expected whole numbers of keys, or None"),
@@ -77,13 +82,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: got shape \(3,\), expected \(H,\) = \(4,\)"),
     ({"alibi_slopes": torch.ones(3, H)}, ValueError, r"alibi_slopes: got shape \(3, 4\), expected .* = \(2, 4\)"),
     ({"alibi_slopes": torch.ones(H, dtype=torch.int64)}, TypeError, "alibi_slopes: got int64, expected one of float32"),
-    ({"alibi_slopes": torch.ones(H, requires_grad=True)}, ValueError, "alibi_slopes: got a tensor that requires a gradient"),
+    ({"alibi_slopes": torch.ones(H, requires_grad=True)}, ValueError, "alibi_slopes: got a tensor that requires a"),
     ({"sinks": torch.ones(B, H)}, ValueError, r"sinks: got shape \(2, 4\), expected \(H,\) = \(4,\)"),
     ({"sinks": torch.ones(H, dtype=torch.bool)}, TypeError, "sinks: got bool, expected one of float32"),
     ({"sinks": 1.0}, TypeError, "sinks: got float, expected a Tensor"),
     # seed
     ({"dropout_p": 0.1, "seed": 7}, TypeError, "seed: got int, expected a Tensor"),
-    ({"dropout_p": 0.1, "seed": torch.zeros(2)}, TypeError, r"seed: got float32 of shape \(2,\), expected an int64 tensor of shape"),
+    ({"dropout_p": 0.1, "seed": torch.zeros(2)}, TypeError, r"seed: got float32 of shape \(2,\), expected an int64"),
     ({"dropout_p": 0.1, "seed": torch.zeros(3, dtype=torch.int64)}, TypeError, r"seed: got int64 of shape \(3,\)"),
 ]  # fmt: skip
 
@@ -97,7 +102,11 @@ def test_a_bad_argument_is_named(bad: dict[str, Any], error: type[Exception], me
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ({"lse": torch.zeros(B, H, L + 1)}, ValueError, r"lse: got shape \(2, 4, 6\), expected \(B, H, L\) = \(2, 4, 5\)"),
+        (
+            {"lse": torch.zeros(B, H, L + 1)},
+            ValueError,
+            r"lse: got shape \(2, 4, 6\), expected \(B, H, L\) = \(2, 4, 5\)",
+        ),
         ({"lse": None}, TypeError, "lse: got NoneType, expected a Tensor"),
         ({"dropout_p": 0.1}, ValueError, "seed: got None, expected the seed that attention was given"),
         ({"query": torch.randn(H, L, E)}, ValueError, "query: got shape .*, expected 4 dimensions"),
@@ -113,10 +122,10 @@ def test_a_bad_argument_of_the_weights_is_named(bad: dict[str, Any], error: type
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ({"attn_mask": torch.ones(L, S), "is_causal": True}, ValueError, "attn_mask: got one together with is_causal=True"),
+        ({"attn_mask": torch.ones(L, S), "is_causal": True}, ValueError, "attn_mask: got one together with is_causal"),
         ({"query": torch.randn(E)}, ValueError, r"query: got shape \(8,\), expected at least 2 dimensions"),
         ({"key": "key"}, TypeError, "key: got str, expected a Tensor"),
-        ({"key": torch.randn(3, H, S, E)}, ValueError, "query, key, value: got shapes .*, expected leading dimensions that"),
+        ({"key": torch.randn(3, H, S, E)}, ValueError, "query, key, value: got shapes .*, expected leading dim"),
         ({"query": torch.randn(3, B, H, L, E), "attn_mask": torch.ones(1, 1, 1, 1, L, S)}, ValueError,
          "attn_mask: got shape .*, expected at most 5 dimensions"),
         ({"query": torch.randn(3, B, H, L, E), "attn_mask": torch.ones(2, B, H, L, S)}, ValueError,
@@ -146,7 +155,9 @@ def broadcast_options() -> list[dict[str, Any]]:
         ((B, 1, L, E), (1, H, S, E)),
     ],
 )
-def test_any_leading_dimensions_as_in_torch(shape_q: tuple[int, ...], shape_kv: tuple[int, ...], option: dict[str, Any]) -> None:
+def test_any_leading_dimensions_as_in_torch(
+    shape_q: tuple[int, ...], shape_kv: tuple[int, ...], option: dict[str, Any]
+) -> None:
     query, key, value = (torch.randn(shape, dtype=torch.float64) for shape in (shape_q, shape_kv, shape_kv))
     leading = torch.broadcast_shapes(shape_q[:-2], shape_kv[:-2])
     masks: dict[str, Tensor] = {
@@ -157,9 +168,9 @@ def test_any_leading_dimensions_as_in_torch(shape_q: tuple[int, ...], shape_kv: 
     }
     options = {"attn_mask": masks[option["mask"]]} if "mask" in option else option
     actual = scaled_dot_product_attention(query, key, value, **options)
-    # Before torch 2.12 its own SDPA does not broadcast the leading dimensions on every path; expanded they say the same.
-    expanded = [x.expand(*leading, *x.shape[-2:]) for x in (query, key, value)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*expanded, **options)
+    # torch's own does not broadcast the leading dimensions on every path; expanded they say the same.
+    query, key, value = (x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual, expected)
 
@@ -169,8 +180,8 @@ def test_grouped_heads_with_any_leading_dimensions(leading: tuple[int, ...]) -> 
     query = torch.randn(*leading, 4, L, E, dtype=torch.float64)
     key, value = (torch.randn(*leading, 2, S, E, dtype=torch.float64) for _ in range(2))
     actual = scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    repeated = (x.repeat_interleave(2, dim=-3) for x in (key, value))
-    torch.testing.assert_close(actual, torch.nn.functional.scaled_dot_product_attention(query, *repeated))
+    key, value = (x.repeat_interleave(2, dim=-3) for x in (key, value))
+    torch.testing.assert_close(actual, torch.nn.functional.scaled_dot_product_attention(query, key, value))
 
 
 def test_sdpa_gradient_of_a_mask_with_leading_dimensions() -> None:

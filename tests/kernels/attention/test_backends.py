@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cases import CASES, Case, make_inputs
-from tests.kernels.attention.eager import assert_results_within_contract, fused, results
-from tests.kernels.attention.lanes import interpreted
 
 from fusedformer import BackendRefused, use_backend
 from fusedformer.functional import attention, attention_weights
 from fusedformer.kernels.common.backend import record_decisions
 from fusedformer.kernels.common.native import EXTENSION_PATH
+from tests.cases import CASES, Case, make_inputs
+from tests.kernels.attention.eager import assert_results_within_contract, fused, results
+from tests.kernels.attention.lanes import interpreted
 
 FLASH = Case("", heads=2)
 
@@ -162,11 +162,13 @@ def test_use_backend_reaches_attention(seed: int) -> None:
 
 
 def test_a_decision_reads_like_the_call(seed: int) -> None:
-    inputs = make_inputs(Case("", heads=4, heads_kv=2, len_k=9, is_causal=True, key_mask="bool"), torch.float32, "cpu", seed)
+    inputs = make_inputs(
+        Case("", heads=4, heads_kv=2, len_k=9, is_causal=True, key_mask="bool"), torch.float32, "cpu", seed
+    )
     text = str(decide(inputs)).splitlines()
     assert text[0] == (
-        "attention(query (2, 4, 17, 32), key (2, 2, 9, 32), value (2, 2, 9, 32), float32, cpu, key_mask (2, 4, 9) bool, "
-        "window (-1, 0) at offset 0, precision torch)"
+        "attention(query (2, 4, 17, 32), key (2, 2, 9, 32), value (2, 2, 9, 32), float32, cpu, "
+        "key_mask (2, 4, 9) bool, window (-1, 0) at offset 0, precision torch)"
     )
     assert any(line.startswith("  torch      chosen, workspace ") for line in text)
 

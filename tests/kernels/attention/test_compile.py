@@ -5,24 +5,28 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tests.cases import Case, Inputs, make_inputs
-from tests.kernels.attention.eager import Results, fused, results
-from tests.kernels.attention.lanes import every_backend, every_feature
 from torch import Tensor
 
 from fusedformer import use_backend
 from fusedformer.functional import attention, attention_weights, scaled_dot_product_attention
+from tests.cases import Case, Inputs, make_inputs
+from tests.kernels.attention.eager import Results, call, fused, results
+from tests.kernels.attention.lanes import every_backend, every_feature
 
 CPP = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 MIXED = Case(
-    "mixed", batch=1, heads=2, heads_kv=1, len_q=9, len_k=11, head_dim=16, value_dim=8, is_causal=True, key_mask="bool",
-    causal_alignment="bottom_right", mask="float 1HLS", softcap=2.0, sinks=True, alibi="H", dropout_p=0.3, layout="BLHE",
+    "mixed", batch=1, heads=2, heads_kv=1, len_q=9, len_k=11, head_dim=16, value_dim=8, is_causal=True,
+    causal_alignment="bottom_right", key_mask="bool", mask="float 1HLS", softcap=2.0, sinks=True, alibi="H",
+    dropout_p=0.3, layout="BLHE",
 )  # fmt: skip
-FOR_TORCH = Case("for torch", batch=1, heads=2, heads_kv=1, len_q=9, len_k=11, head_dim=16, is_causal=True, key_mask="bool")
+FOR_TORCH = Case(
+    "for torch", batch=1, heads=2, heads_kv=1, len_q=9, len_k=11, head_dim=16, is_causal=True, key_mask="bool"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +44,17 @@ class Counter:
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         self.graphs.append(graph.code)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)  # type: ignore[attr-defined]
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
 
-def inputs_for(backend: str, device: str, seed: int, **sizes: int) -> Inputs:
+def inputs_for(backend: str, device: str, seed: int, **sizes: Any) -> Inputs:
     return make_inputs(replace(FOR_TORCH if backend == "torch" else MIXED, **sizes), torch.float32, device, seed)
 
 
 def both(compiled: Callable[..., Any], plain: Callable[..., Any], inputs: Inputs, with_lse: bool) -> None:
     expected: Results = results(plain, inputs, with_lse)
     for name, x in results(compiled, inputs, with_lse).items():
-        torch.testing.assert_close(x, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(x, expected[name], msg=partial("{}: {}".format, name))
 
 
 @every_backend
@@ -64,8 +68,12 @@ def test_one_graph_forward_and_backward(backend: str, device: str, seed: int) ->
 @every_backend
 def test_dynamic_shapes_compile_once(backend: str, device: str, seed: int) -> None:
     compiled = torch.compile(fused(backend), backend="aot_eager", fullgraph=True, dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
-        for batch, len_q, len_k in ((3, 9, 11), (4, 7, 13), (3, 5, 33)):  # no two sizes alike: Dynamo takes equals for one
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, len_q, len_k in (
+            (3, 9, 11),
+            (4, 7, 13),
+            (3, 5, 33),
+        ):  # no two sizes alike: Dynamo takes equals for one
             inputs = inputs_for(backend, device, seed, batch=batch, len_q=len_q, len_k=len_k)
             if backend == "reference":  # Philox is a hundred operations there, each with its symbols
                 inputs.options.pop("dropout_p")
@@ -95,7 +103,10 @@ def test_inductor(backend: str, device: str, seed: int) -> None:
 
 def test_dropout_without_a_seed_in_a_graph() -> None:
     """The seed is drawn in the graph: as many masks as calls, and backward has forward's."""
-    query, value = torch.zeros(2, 2, 9, 16, requires_grad=True), torch.eye(16).expand(2, 2, 16, 16).clone().requires_grad_()
+    query, value = (
+        torch.zeros(2, 2, 9, 16, requires_grad=True),
+        torch.eye(16).expand(2, 2, 16, 16).clone().requires_grad_(),
+    )
     key = torch.zeros(2, 2, 16, 16)
     function = lambda q, k, v: attention(q, k, v, dropout_p=0.5, backend="reference")
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
@@ -125,7 +136,7 @@ def test_use_backend_is_guarded(seed: int) -> None:
     counter = Counter()
     inputs = make_inputs(Case("", len_q=5, head_dim=16), torch.float32, "cpu", seed)
     tensors = (inputs.query, inputs.key, inputs.value)
-    compiled = torch.compile(lambda *x: attention(*x), backend=counter, fullgraph=True)
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
     compiled(*tensors)
     with use_backend("reference"):
         compiled(*tensors)
@@ -139,13 +150,15 @@ def test_use_backend_is_guarded(seed: int) -> None:
 def test_use_backend_inside_a_graph(seed: int) -> None:
     inputs = make_inputs(Case("", len_q=5, head_dim=16), torch.float32, "cpu", seed)
 
-    def function(*x: Tensor) -> Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with use_backend("reference"):
-            return attention(*x)
+            return attention(query, key, value)
 
     counter = Counter()
     compiled = torch.compile(function, backend=counter, fullgraph=True)
-    torch.testing.assert_close(compiled(inputs.query, inputs.key, inputs.value), function(inputs.query, inputs.key, inputs.value))
+    torch.testing.assert_close(
+        compiled(inputs.query, inputs.key, inputs.value), function(inputs.query, inputs.key, inputs.value)
+    )
     assert "scaled_dot_product_attention" not in counter.graphs[0]
 
 
@@ -170,7 +183,7 @@ class Attend(torch.nn.Module):
         self.options = options
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = attention(query, key, value, **self.options)
+        out: Tensor = call(query, key, value, **self.options)
         return out
 
 
@@ -184,6 +197,6 @@ def test_export_with_dynamic_shapes(strict: bool, backend: str, device: str, see
     program = torch.export.export(Attend(options), tuple(tensors), dynamic_shapes=shapes, strict=strict)
     other = [torch.randn(3, heads, n, 16, device=device) for heads, n in ((4, 17), (2, 5), (2, 5))]
     for given in (tensors, other):
-        torch.testing.assert_close(program.module()(*given), attention(*given, **options))
+        torch.testing.assert_close(program.module()(*given), call(*given, **options))
     if backend == "triton":
         assert "fusedformer.attention_forward" in str(program.graph)

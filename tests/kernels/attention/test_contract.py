@@ -1,4 +1,5 @@
-"""The contract's promises that are not about accuracy: empty rows, masked slots, determinism, untouched inputs, zero sizes."""
+"""The contract's promises that are not about accuracy: empty rows, masked slots, determinism, untouched inputs, zero
+sizes."""
 
 from __future__ import annotations
 
@@ -7,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from fusedformer.functional import attention
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, eager_attention, fused, results
 from tests.kernels.attention.lanes import every_backend, every_feature
 from tests.tolerances import assert_equal_bits
-from torch import Tensor
-
-from fusedformer.functional import attention
 
 INF = float("inf")
 EVERYTHING = Case(
     "everything", batch=1, heads=4, heads_kv=2, len_q=17, len_k=33, value_dim=40, is_causal=True, window=(20, None),
-    causal_alignment="bottom_right", softcap=2.0, alibi="H", sinks=True, mask="float B1LS", key_mask="float", dropout_p=0.3,
+    causal_alignment="bottom_right", softcap=2.0, alibi="H", sinks=True, mask="float B1LS", key_mask="float",
+    dropout_p=0.3,
 )  # fmt: skip
 
 
@@ -36,13 +38,16 @@ def rows_without_keys(len_q: int, len_k: int, dtype: torch.dtype = torch.bool) -
 
 EMPTY_ROWS: dict[str, tuple[Case, dict[str, Any]]] = {
     "key mask bool": (Case(""), {"key_mask": torch.stack((row(17, *range(17)), row(17)))}),
-    "key mask float": (Case(""), {"key_mask": torch.stack((row(17, *range(17), dtype=torch.float32), torch.zeros(17)))}),
+    "key mask float": (Case(""), {"key_mask": torch.stack((torch.full((17,), -INF), torch.zeros(17)))}),
     "mask of one row": (Case(""), {"attn_mask": torch.tensor([False, True])[:, None, None, None].expand(2, 1, 1, 17)}),
     "mask bool": (Case("", len_k=33), {"attn_mask": rows_without_keys(17, 33)}),
     "mask float": (Case("", len_k=33), {"attn_mask": rows_without_keys(17, 33, torch.float32)}),
     "masks together": (
         Case("", len_q=5, len_k=17),
-        {"key_mask": row(17, *range(8))[None].expand(2, 17), "attn_mask": torch.arange(17) <= torch.arange(7, 17, 2)[:, None]},
+        {
+            "key_mask": (torch.arange(17) > 7).expand(2, 17),
+            "attn_mask": torch.arange(17) <= torch.arange(7, 17, 2)[:, None],
+        },
     ),
     "causal bottom right": (Case("", len_q=33, len_k=17), {"is_causal": True, "causal_alignment": "bottom_right"}),
     "window past the keys": (Case("", len_q=33, len_k=17), {"window": (3, 0)}),
@@ -110,9 +115,7 @@ def test_slots_that_every_query_excludes_are_not_read(
     shape = (2, 33) if name == "key_mask" else (2, 1, 1, 33)
     inputs = problem_with(Case("", batch=2, len_k=33), {name: mask.expand(shape)}, device, seed)
     excluded = (~mask if dtype == "bool" else mask == -INF).to(device)
-    poisoned = replace(
-        inputs, key=inputs.key.clone(), value=inputs.value.masked_fill(excluded[:, None], poison)
-    )
+    poisoned = replace(inputs, key=inputs.key.clone(), value=inputs.value.masked_fill(excluded[:, None], poison))
     poisoned.key[:, :, excluded, 3] = poison
     clean, actual = (results(fused(backend), x, with_lse=backend != "torch") for x in (inputs, poisoned))
     for result, x in actual.items():
@@ -157,7 +160,9 @@ def test_what_a_query_excludes_does_not_change_its_row(
     changed.key[:, :, -1] = changed.value[:, :, -1] = 6e4 if dtype == torch.float16 else 1e30
     before, after = (results(fused(backend), x, with_lse=backend != "torch") for x in (inputs, changed))
     for result, x in after.items():
-        assert_equal_bits(x[:, :, :-1] if x.dim() > 2 else x, before[result][:, :, :-1] if x.dim() > 2 else before[result])
+        assert_equal_bits(
+            x[:, :, :-1] if x.dim() > 2 else x, before[result][:, :, :-1] if x.dim() > 2 else before[result]
+        )
         assert x.isfinite().all() or result == "lse"
 
 
@@ -182,7 +187,9 @@ def test_same_bits_twice(backend: str, device: str, seed: int) -> None:
 
 
 def test_same_bits_twice_on_torch(seed: int) -> None:
-    inputs = make_inputs(Case("", heads=4, heads_kv=2, len_q=65, mask="float 1HLS", is_causal=True), torch.float32, "cpu", seed)
+    inputs = make_inputs(
+        Case("", heads=4, heads_kv=2, len_q=65, mask="float 1HLS", is_causal=True), torch.float32, "cpu", seed
+    )
     first, second = (results(fused("torch"), inputs, with_lse=False) for _ in range(2))
     for name, x in second.items():
         assert_equal_bits(x, first[name], name)
@@ -216,17 +223,20 @@ def test_nothing_given_is_written_and_backward_runs_twice(backend: str, device: 
 @pytest.mark.parametrize("size", ["batch", "heads", "len_q", "len_k"])
 def test_zero_sizes(size: str, backend: str, device: str, seed: int) -> None:
     shape = {"batch": 2, "heads": 2, "len_q": 17, "len_k": 17} | {size: 0}
-    b, h, l, s = shape.values()
-    query, key, value = (torch.randn(b, h, n, d, device=device) for n, d in ((l, 32), (s, 32), (s, 40)))
-    options = {"attn_mask": torch.randn(h, l, s, device=device), "sinks": torch.randn(h, device=device)}
-    inputs = Inputs(query, key, value, torch.randn(b, h, l, 40, device=device), torch.randn(b, h, l, device=device), options)
+    b, h, len_q, len_k = shape.values()
+    query, key, value, grad_out = (
+        torch.randn(b, h, length, dim, device=device)
+        for length, dim in ((len_q, 32), (len_k, 32), (len_k, 40), (len_q, 40))
+    )
+    options = {"attn_mask": torch.randn(h, len_q, len_k, device=device), "sinks": torch.randn(h, device=device)}
+    inputs = Inputs(query, key, value, grad_out, torch.randn(b, h, len_q, device=device), options)
     actual = results(fused(backend), inputs)
-    assert actual["out"].shape == (b, h, l, 40)
+    assert actual["out"].shape == (b, h, len_q, 40)
     for name in ("query", "key", "value"):
         assert actual[f"grad {name}"].shape == getattr(inputs, name).shape
     if size == "len_k":
         assert (actual["out"] == 0).all()
-        torch.testing.assert_close(actual["lse"], options["sinks"][:, None].expand(b, h, l))
+        torch.testing.assert_close(actual["lse"], options["sinks"][:, None].expand(b, h, len_q))
         torch.testing.assert_close(actual["grad sinks"], inputs.grad_lse.sum((0, 2)))
     for name, x in actual.items():
         assert not x.isnan().any(), name
@@ -234,7 +244,10 @@ def test_zero_sizes(size: str, backend: str, device: str, seed: int) -> None:
 
 @every_feature
 def test_no_keys_is_an_empty_row(backend: str, device: str) -> None:
-    query, nothing = torch.randn(2, 2, 5, 16, device=device, requires_grad=True), torch.randn(2, 2, 0, 16, device=device)
+    query, nothing = (
+        torch.randn(2, 2, 5, 16, device=device, requires_grad=True),
+        torch.randn(2, 2, 0, 16, device=device),
+    )
     out, lse = attention(query, nothing, nothing, return_lse=True, backend=backend)
     assert (out == 0).all()
     assert (lse == -INF).all()

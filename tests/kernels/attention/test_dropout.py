@@ -1,4 +1,5 @@
-"""Dropout as a function of (seed, element index): one mask on every kernel backend, in every tile, in both directions."""
+"""Dropout as a function of (seed, element index): one mask on every kernel backend, in every tile, in both
+directions."""
 
 from __future__ import annotations
 
@@ -6,20 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.cases import Case, make_inputs
-from tests.kernels.attention.eager import fused, results
-from tests.kernels.attention.lanes import every_feature, every_kernel
-from tests.tolerances import assert_equal_bits
 from torch import Tensor
 
 from fusedformer.functional import attention
 from fusedformer.kernels.common import philox
+from tests.cases import Case, make_inputs
+from tests.kernels.attention.eager import fused, results
+from tests.kernels.attention.lanes import every_feature, every_kernel
+from tests.tolerances import assert_equal_bits
 
 LEN_Q, LEN_K = 33, 65
 
 
 def seen_mask(backend: str, device: str, p: float, seed: Tensor, heads_kv: int = 3, **options: object) -> Tensor:
-    """(B, H, L, S) bool: the weights that survive. Equal scores and one-hot values make the output the weights themselves."""
+    """(B, H, L, S) bool: the weights that survive. Equal scores and one-hot values make the output the weights
+    themselves."""
     query, key = torch.zeros(2, 3, LEN_Q, 8, device=device), torch.zeros(2, heads_kv, LEN_K, 8, device=device)
     value = torch.eye(LEN_K, device=device).expand(2, heads_kv, LEN_K, LEN_K).contiguous()
     out = attention(query, key, value, dropout_p=p, seed=seed, enable_gqa=True, backend=backend, **options)  # type: ignore[call-overload]
@@ -60,7 +62,9 @@ def test_the_mask_and_the_gradients_do_not_depend_on_the_tile(
 def test_nothing_dropped_is_no_dropout(backend: str, device: str, seed: int) -> None:
     inputs = make_inputs(Case("", is_causal=True), torch.float32, device, seed)
     without = results(fused(backend), inputs)
-    ignored = replace(inputs, options=inputs.options | {"dropout_p": 0.0, "seed": torch.zeros(2, dtype=torch.int64, device=device)})
+    ignored = replace(
+        inputs, options=inputs.options | {"dropout_p": 0.0, "seed": torch.zeros(2, dtype=torch.int64, device=device)}
+    )
     for name, x in results(fused(backend), ignored).items():
         assert_equal_bits(x, without[name], name)
 
@@ -87,7 +91,9 @@ def test_a_seed_repeats_and_another_does_not(backend: str, device: str, seed: in
         other = inputs.options["seed"].clone()
         other[word] ^= 1
         changed = replace(inputs, options=inputs.options | {"seed": other})
-        assert not torch.equal(fused(backend)(changed.query, changed.key, changed.value, **changed.options)[0], first["out"])
+        assert not torch.equal(
+            fused(backend)(changed.query, changed.key, changed.value, **changed.options)[0], first["out"]
+        )
 
 
 @every_feature

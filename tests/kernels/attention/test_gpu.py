@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cases import CASES, Case, make_inputs
-from tests.kernels.attention.eager import assert_results_within_contract, fused, results
-from tests.tolerances import assert_equal_bits
 from torch import Tensor
 
 from fusedformer.functional import attention
+from tests.cases import CASES, Case, make_inputs
+from tests.kernels.attention.eager import assert_results_within_contract, fused, results
+from tests.tolerances import assert_equal_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,8 @@ LONG = (
     Case("long", heads=3, len_q=1023, len_k=1025, head_dim=64, is_causal=True),
     Case("long padding", batch=4, len_q=577, head_dim=64, key_mask="bool", is_causal=True, dropout_p=0.1),
     Case("long bias", heads=4, len_q=512, head_dim=64, mask="float 1HLS"),
-    Case("long grouped", heads=8, heads_kv=2, len_q=640, len_k=1000, head_dim=128, is_causal=True, causal_alignment="bottom_right"),
+    Case("long grouped", heads=8, heads_kv=2, len_q=640, len_k=1000, head_dim=128, is_causal=True,
+         causal_alignment="bottom_right"),
     Case("long window", len_q=1500, head_dim=80, window=(255, 0), layout="BLHE"),
     Case("long head", heads=1, len_q=300, head_dim=256, mask="bool BHLS"),
     Case("long mask 64 modulo 128", batch=1, len_q=192, head_dim=128, mask="bool LS"),
@@ -139,7 +140,9 @@ def test_a_stream_of_its_own(seed: int) -> None:
 
 def test_memory_is_linear_in_the_length() -> None:
     """Nothing of size L x S: 4096 x 4096 scores of two heads would be 128 MiB in float32."""
-    query, key, value = (torch.randn(1, 2, 4096, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3))
+    query, key, value = (
+        torch.randn(1, 2, 4096, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)
+    )
     attention(query, key, value, is_causal=True, backend="triton").sum().backward()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,10 +1,11 @@
-"""The Triton kernels interpreted on the CPU: forward and backward of every case. bf16 is for the GPU lane: the interpreter
-computes its products wrongly."""
+"""The Triton kernels interpreted on the CPU: forward and backward of every case. bf16 is for the GPU lane: the
+interpreter computes its products wrongly."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.cases import CASES, Case, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, fused, results
 from tests.kernels.attention.lanes import interpreted

@@ -1,19 +1,20 @@
-"""The oracle itself: the reference against float64, against torch's own attentions, and its derivatives against differences."""
+"""The oracle itself: the reference against float64, against torch's own attentions, and its derivatives against
+differences."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from tests.cases import CASES, Case, Inputs, make_inputs
-from tests.kernels.attention.eager import assert_results_within_contract, eager, fused, results
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import flex_attention
 
-from fusedformer.functional import attention
+from tests.cases import CASES, Case, Inputs, make_inputs
+from tests.kernels.attention.eager import assert_results_within_contract, call, eager, fused, results
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -31,10 +32,12 @@ def test_reference_in_float64(case: Case, seed: int) -> None:
     actual, expected = results(fused("reference"), inputs), results(eager(), inputs)
     for name, x in actual.items():
         assert x.dtype == torch.float64, name
-        torch.testing.assert_close(x, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(x, expected[name], msg=partial("{}: {}".format, name))
 
 
-def doubles(len_q: int = 17, len_k: int = 17, heads: int = 2, heads_kv: int | None = None, value_dim: int = 8) -> Inputs:
+def doubles(
+    len_q: int = 17, len_k: int = 17, heads: int = 2, heads_kv: int | None = None, value_dim: int = 8
+) -> Inputs:
     heads_kv = heads_kv or heads
     query, key, value, grad_out = (
         torch.randn(2, h, length, dim, dtype=torch.float64)
@@ -59,7 +62,7 @@ def assert_same(ours: Callable[..., Any], theirs: Callable[..., Any], inputs: In
 
 
 def reference(**options: Any) -> Callable[..., Any]:
-    return lambda q, k, v: attention(q, k, v, **options, backend="reference")
+    return lambda q, k, v: call(q, k, v, **options, backend="reference")
 
 
 SDPA_SHAPES = [{}, {"len_k": 33}, {"len_q": 33, "value_dim": 5}]
@@ -95,24 +98,22 @@ def test_torchs_lower_right_causality(lengths: tuple[int, int]) -> None:
     assert_same(ours, lambda q, k, v: sdpa(q, k, v, attn_mask=bias), doubles(*lengths))
 
 
-def distance(i: Tensor, j: Tensor, offset: int) -> Tensor:
-    return i + offset - j
-
-
 SLOPES = torch.tensor([0.5, 0.25], dtype=torch.float64)
-BIAS = torch.randn(2, 17, 33, dtype=torch.float64)
+
+
+# torch's score_mod, told how far before the query's position the key stands instead of their indices.
 FLEX: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
-    "softcap": ({"softcap": 0.7}, lambda s, b, h, i, j, o: 0.7 * torch.tanh(s / 0.7)),
-    "alibi": ({"alibi_slopes": SLOPES}, lambda s, b, h, i, j, o: s - SLOPES[h] * distance(i, j, o).abs()),
-    "window": ({"window": (5, 2)}, lambda s, b, h, i, j, o: s.where((-2 <= distance(i, j, o)) & (distance(i, j, o) <= 5), -torch.inf)),
-    "causal": ({"is_causal": True}, lambda s, b, h, i, j, o: s.where(distance(i, j, o) >= 0, -torch.inf)),
+    "softcap": ({"softcap": 0.7}, lambda score, h, back: 0.7 * torch.tanh(score / 0.7)),
+    "alibi": ({"alibi_slopes": SLOPES}, lambda score, h, back: score - SLOPES[h] * back.abs()),
+    "window": ({"window": (5, 2)}, lambda score, h, back: score.where((back >= -2) & (back <= 5), -torch.inf)),
+    "causal": ({"is_causal": True}, lambda score, h, back: score.where(back >= 0, -torch.inf)),
     "all in order": (
-        {"softcap": 0.7, "alibi_slopes": SLOPES, "attn_mask": BIAS, "is_causal": True, "window": (9, 9)},
-        lambda s, b, h, i, j, o: (0.7 * torch.tanh(s / 0.7) - SLOPES[h] * distance(i, j, o).abs() + BIAS[h, i, j]).where(
-            (distance(i, j, o) >= 0) & (distance(i, j, o) <= 9), -torch.inf
+        {"softcap": 0.7, "alibi_slopes": SLOPES, "is_causal": True, "window": (9, 9)},
+        lambda score, h, back: (0.7 * torch.tanh(score / 0.7) - SLOPES[h] * back.abs()).where(
+            (back >= 0) & (back <= 9), -torch.inf
         ),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
@@ -128,7 +129,7 @@ def test_torchs_flex_attention(name: str, alignment: str) -> None:
     inputs = doubles(17, 33)
     tensors = (inputs.query, inputs.key, inputs.value)
     out, lse = reference(**options, causal_alignment=alignment, return_lse=True)(*tensors)
-    modified = lambda s, b, h, i, j: score_mod(s, b, h, i, j, offset)
+    modified = lambda score, b, h, i, j: score_mod(score, h, i + offset - j)
     expected_out, expected_lse = flex_attention(*tensors, modified, return_lse=True)
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(lse.float(), expected_lse.float())
@@ -160,8 +161,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": (2,)},
     "dropout": {"dropout_p": 0.5, "seed": torch.tensor([5, 7])},
     "together": {
-        "is_causal": True, "causal_alignment": "bottom_right", "attn_mask": (1, 2, 4, 3), "key_mask": (2, 3), "softcap": 2.0,
-        "sinks": (2,), "dropout_p": 0.3, "seed": torch.tensor([1, 2]), "window": (2, None),
+        "is_causal": True, "causal_alignment": "bottom_right", "attn_mask": (1, 2, 4, 3), "key_mask": (2, 3),
+        "softcap": 2.0, "sinks": (2,), "dropout_p": 0.3, "seed": torch.tensor([1, 2]), "window": (2, None),
     },
 }  # fmt: skip
 
@@ -177,7 +178,7 @@ def test_derivatives_of_first_and_second_order(feature: str) -> None:
 
     def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         named = dict(zip(primals, tensors, strict=True))
-        out, lse = attention(**named, **options, enable_gqa=True, backend="reference", return_lse=True)
+        out, lse = call(**named, **options, enable_gqa=True, backend="reference", return_lse=True)
         return out, lse.masked_fill(lse == -torch.inf, 0.0)  # differences of infinities are not numbers
 
     assert torch.autograd.gradcheck(function, tuple(primals.values()))

@@ -1,4 +1,5 @@
-"""The attention weights from the log-sum-exp: equal to the explicit softmax, averaged and per head, and differentiable."""
+"""The attention weights from the log-sum-exp: equal to the explicit softmax, averaged and per head, and
+differentiable."""
 
 from __future__ import annotations
 
@@ -7,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.cases import Case, Inputs, make_inputs
-from tests.kernels.attention.eager import eager_attention
-from tests.kernels.attention.lanes import every_feature
-from tests.tolerances import assert_within_contract
 from torch import Tensor
 
 from fusedformer.functional import attention, attention_weights
 from fusedformer.kernels.attention.api import attention_with_weights
+from tests.cases import Case, Inputs, make_inputs
+from tests.kernels.attention.eager import eager_attention
+from tests.kernels.attention.lanes import every_feature
+from tests.tolerances import assert_within_contract
 
 CASES = (
     Case("plain", len_k=33),
