@@ -1,7 +1,7 @@
 """Which feature runs on which backend: ``python -m benchmarks features``, the README's table, from the refusals.
 
-A cell is what a backend's own ``refusals`` says of a problem with the feature, beyond what it says of a plain one: so the
-table is the same on a machine without a GPU.
+A cell is what a backend's own ``refusals`` says of a problem with the feature, beyond what it says of a plain one: so
+the table is the same on a machine without a GPU.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$(?:\n\n((?:    [^\n]*\n)+))?", READM
 @pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=[block[0].split("\n")[0] for block in BLOCKS])
 def test_example_runs(code: str, printed: str) -> None:
     path = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", path + code], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "ignore", "-c", path + code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     if printed:
         assert done.stdout.split() == printed.split()

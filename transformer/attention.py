@@ -21,7 +21,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     * a query that may see no key gives ``out_proj.bias``, weights 0 and finite gradients, where torch's gives NaN or
       not, depending on ``need_weights`` and on the mode;
-    * ``is_causal=True`` needs no ``attn_mask``, and none is made, except where keys are appended that every query sees;
+    * ``is_causal=True`` needs no ``attn_mask``, and none is made, unless ``add_bias_kv`` or ``add_zero_attn`` appends
+      keys: those every query sees, whatever else is asked for;
     * ``need_weights=True`` is fused too.
 
     Source: section 3.2.2 of "Attention Is All You Need" (Vaswani et al., 2017).

@@ -80,7 +80,8 @@ def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) ->
     Args:
         model: any module. Itself, too, is swapped if it is an attention.
         verify: inputs to run the model on before and after, in eval mode without gradients: a tensor, a tuple of
-            arguments or a mapping of keyword arguments. The largest differences are in the report.
+            arguments or a mapping of keyword arguments. The largest differences are in the report; positions of padding
+            count too, where no result is the right one, and one that was NaN before makes a NaN.
         frozen: a promise that the weights no longer change, for kernels that keep packed copies of them. There is none
             yet: True is refused.
 
@@ -107,7 +108,8 @@ def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) ->
             if entry.action != LEFT:
                 _restore(model.get_submodule(entry.module))
         raise
-    return Report(report.entries, {name: _difference(before[name], after[name]) for name in before})
+    shared = [name for name in before if name in after]
+    return Report(report.entries, {name: _difference(before[name], after[name]) for name in shared})
 
 
 def unfuse(model: torch.nn.Module) -> None:

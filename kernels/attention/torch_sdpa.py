@@ -145,8 +145,11 @@ def _has_mask(problem: AttentionProblem) -> bool:
 
 def _says_is_causal(problem: AttentionProblem) -> bool:
     p = problem
-    causal = all((p.window_left < 0, p.window_right == 0, p.position_offset == 0))  # `and` leaves a SymBool
-    return causal and p.attn_mask is None and p.key_mask is None
+    causal = all(
+        (p.window_left < 0, p.window_right == 0, p.position_offset == 0)
+    )  # a bool where `and` leaves a SymBool
+    # torch's CPU kernel excludes before it scales, so that a scale that is not positive makes NaN of -inf.
+    return causal and p.scale > 0.0 and p.attn_mask is None and p.key_mask is None
 
 
 def _mask(problem: AttentionProblem) -> Tensor | None:
