@@ -16,6 +16,7 @@ TENSOR_CORES = {  # by what the machine code calls them
 }
 TMA_LOADS = r"\bUTMALDG\b"
 EXP2 = r"\b(MUFU\.EX2|v_exp_f32)"
+STORES = r"\b(STG|UTMASTG|(global|buffer|flat)_store_\w+)\b(?!.*Folded)"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class MachineCode:
         tensor_cores: instructions by kind, a key of ``TENSOR_CORES``.
         tma_loads: instructions that load a tile through a tensor descriptor.
         exp2: instructions.
+        stores: instructions that write to global memory.
     """
 
     registers: int
@@ -39,6 +41,7 @@ class MachineCode:
     tensor_cores: dict[str, int]
     tma_loads: int
     exp2: int
+    stores: int
 
 
 def from_cubin(cubin: bytes) -> MachineCode:
@@ -78,6 +81,7 @@ def _machine_code(code: Sequence[str], registers: int, spilled: int, spills: str
         {kind: count for kind, count in tensor_cores.items() if count},
         _count(TMA_LOADS, code),
         _count(EXP2, code),
+        _count(STORES, code),
     )
 
 

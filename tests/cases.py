@@ -96,7 +96,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str, seed: int) -> Input
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
 
     options: dict[str, Any] = {}
-    for name in ("is_causal", "scale", "window", "softcap", "dropout_p", "precision"):
+    if c.scale is not None:
+        options["scale"] = c.scale
+    for name in ("is_causal", "window", "softcap", "dropout_p", "precision"):
         if getattr(c, name):
             options[name] = getattr(c, name)
     if c.causal_alignment != "top_left":
@@ -213,6 +215,8 @@ CASES = (
     # scores
     Case("scale", scale=0.3),
     Case("scale negative", scale=-0.2, key_mask="bool"),
+    Case("scale negative", scale=-0.2, is_causal=True),
+    Case("scale zero", batch=1, scale=0.0, is_causal=True),
     Case("peaked", scale=0.9),
     Case("softcap", softcap=1.5),
     Case("softcap causal", softcap=0.5, scale=-1.0, is_causal=True),

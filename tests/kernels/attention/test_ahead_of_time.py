@@ -71,7 +71,7 @@ GOOD = Compiled(
     asks_for_tma=True,
     seconds=1.0,
     shared=100_000,
-    code=MachineCode(200, 0, 0, {"HGMMA": 24}, tma_loads=12, exp2=132),
+    code=MachineCode(200, 0, 0, {"HGMMA": 24}, tma_loads=12, exp2=132, stores=8),
 )
 
 
@@ -99,6 +99,7 @@ def of(compiled: Compiled, **changes: Any) -> Compiled:
         (of(GOOD, precision="ieee"), "full precision"),
         (of(GOOD, tma_loads=0), "TMA"),
         (of(GOOD, narrow_strides=1), "32 bits"),
+        (of(GOOD, stores=0), "stores nothing"),
     ],
 )
 def test_the_rules_refuse(bad: Compiled, word: str) -> None:
@@ -169,7 +170,8 @@ SASS = """
         /*00b0*/               @P2 BRA `(.L_x_3) ;
         /*00c0*/                   UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;
 .L_x_3:
-        /*00d0*/                   EXIT ;
+        /*00d0*/              @!P0 STG.E.128 desc[UR4][R8.64], R4 ;
+        /*00e0*/                   EXIT ;
 """
 
 
@@ -177,7 +179,7 @@ def test_sass_is_read() -> None:
     resources = "Function kernel:\n  REG:168 STACK:24 SHARED:0 LOCAL:0 CONSTANT[0]:644 TEXTURE:0"
     found = from_sass(SASS, resources)
     tensor_cores = {"HGMMA": 1, "UTCMMA": 1, "HMMA": 1}
-    assert found == MachineCode(168, 24, spills_in_loops=1, tensor_cores=tensor_cores, tma_loads=1, exp2=1)
+    assert found == MachineCode(168, 24, spills_in_loops=1, tensor_cores=tensor_cores, tma_loads=1, exp2=1, stores=1)
     without = "\n".join(line for line in SASS.splitlines() if "LDL" not in line and "STL" not in line)
     assert from_sass(without, resources).spilled == 0  # its stack is for something else
 
@@ -190,6 +192,7 @@ kernel:
 	v_exp_f32_e32 v1, v1
 	scratch_load_dword v0, off, off offset:76 ; 4-byte Folded Reload
 	s_cbranch_scc1 .LBB0_1
+	global_store_dwordx4 v[0:1], v[2:5], off
 	s_endpgm
     .private_segment_fixed_size: 80
     .vgpr_count:     300
@@ -198,7 +201,7 @@ kernel:
 
 
 def test_amdgcn_is_read() -> None:
-    assert from_amdgcn(AMDGCN) == MachineCode(300, 80, 1, {"MFMA": 1}, tma_loads=0, exp2=1)
+    assert from_amdgcn(AMDGCN) == MachineCode(300, 80, 1, {"MFMA": 1}, tma_loads=0, exp2=1, stores=1)
 
 
 def test_a_stride_in_32_bits_is_found() -> None:
