@@ -70,8 +70,8 @@ def _finite_errors(eager: Tensor, truth: Tensor) -> Tensor:
 def assert_no_mistake(actual: Tensor, truth: Tensor, what: str = "result") -> None:
     """Half the digits must be right, where the contract sets no bound.
 
-    For drawn problems, which may be a handful of numbers, or cancel, and for second derivatives. A mistake (a wrong index,
-    a term left out) is as large as the result or as the numbers that go in, which are of order 1.
+    For drawn problems, which may be a handful of numbers, or cancel, and for second derivatives. A mistake (a wrong
+    index, a term left out) is as large as the result or as the numbers that go in, which are of order 1.
     """
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, the truth {tuple(truth.shape)}"
     finite = truth.isfinite()
