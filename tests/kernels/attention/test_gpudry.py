@@ -1,0 +1,160 @@
+"""The kernels on a GPU: every case in every dtype, tf32, torch.compile, CUDA graphs. Runs with pytest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedformer.functional import attention
+from tests.cases import CASES, Case, make_inputs
+from tests.kernels.attention.eager import assert_results_within_contract, fused, results
+from tests.tolerances import assert_equal_bits, assert_no_mistake
+
+
+
+# What one tile, or the interpreter's patience, does not hold.
+LONG = (
+    Case("long", heads=3, len_q=33, len_k=40, head_dim=64, is_causal=True),
+    Case("long padding", batch=4, len_q=33, head_dim=64, key_mask="bool", is_causal=True, dropout_p=0.1),
+    Case("long bias", heads=4, len_q=33, head_dim=64, mask="float 1HLS"),
+    Case("long grouped", heads=8, heads_kv=2, len_q=33, len_k=40, head_dim=128, is_causal=True,
+         causal_alignment="bottom_right"),
+    Case("long window", len_q=33, head_dim=80, window=(255, 0), layout="BLHE"),
+    Case("long head", heads=1, len_q=33, head_dim=256, mask="bool BHLS"),
+    Case("long mask 64 modulo 128", batch=1, len_q=33, head_dim=128, mask="bool LS"),
+)  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def allow_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_kernels_hold_the_contract(case: Case, dtype: torch.dtype, seed: int) -> None:
+    inputs = make_inputs(case, dtype, "cpu", seed)
+    assert_results_within_contract(results(fused("triton"), inputs), inputs)
+
+
+@pytest.mark.parametrize("precision", [None, "tf32"])
+@pytest.mark.parametrize("case", [CASES[0], *LONG], ids=str)
+@pytest.mark.usefixtures("allow_tf32")
+def test_tf32_holds_the_contract(case: Case, precision: str | None, seed: int) -> None:
+    """Against eager products in tf32, by torch's setting or by name."""
+    inputs = make_inputs(replace(case, precision=precision), torch.float32, "cpu", seed)
+    assert_results_within_contract(results(fused("triton"), inputs), inputs)
+
+
+@pytest.mark.usefixtures("allow_tf32")
+def test_a_precision_given_overrides_torchs_setting(seed: int) -> None:
+    inputs = make_inputs(LONG[0], torch.float32, "cpu", seed)
+    tf32 = results(fused("triton"), inputs)
+    torch.set_float32_matmul_precision("highest")
+    for precision in ("ieee", "tf32x3"):
+        actual = results(fused("triton", precision=precision), inputs)
+        assert not torch.equal(actual["out"], tf32["out"])
+        assert_results_within_contract(actual, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_same_bits_many_times(case: Case, dtype: torch.dtype, seed: int) -> None:
+    """flash-attention#2244: a gradient of the query that differs now and then."""
+    inputs = make_inputs(case, dtype, "cpu", seed)
+    first = results(fused("triton"), inputs)
+    for _ in range(5):
+        for name, x in results(fused("triton"), inputs).items():
+            assert_equal_bits(x, first[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_the_references(dtype: torch.dtype, seed: int) -> None:
+    inputs = make_inputs(Case("", len_q=33, len_k=40, dropout_p=0.4), dtype, "cpu", seed)
+    ours, reference = (results(fused(backend), inputs) for backend in ("triton", "reference"))
+    for name, x in ours.items():
+        assert_no_mistake(x, reference[name].double(), name)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_with_inductor(mode: str | None, seed: int) -> None:
+    inputs = make_inputs(LONG[1], torch.bfloat16, "cpu", seed)
+    compiled = torch.compile(fused("triton"), fullgraph=True, mode=mode)
+    expected = results(fused("triton"), inputs)
+    for _ in range(3):
+        for name, x in results(compiled, inputs).items():
+            assert_equal_bits(x, expected[name], name)
+
+
+def test_cuda_graph_of_forward_and_backward(seed: int) -> None:
+    """Nothing on the way asks the host, so that it can be captured; replays read new inputs and draw new masks."""
+    inputs = make_inputs(LONG[1], torch.float16, "cpu", seed)
+    leaves, named = inputs.leaves()
+    options: dict[str, Any] = {name: x for name, x in leaves.options.items() if name != "seed"}
+    tensors = list(named.values())
+
+    def step() -> tuple[Tensor, ...]:
+        out = attention(leaves.query, leaves.key, leaves.value, **options, backend="triton")
+        return out, *torch.autograd.grad(out, tensors, inputs.grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    first = [x.clone() for x in captured]
+    graph.replay()
+    assert not torch.equal(captured[0], first[0]), "a replay draws a new dropout mask"
+    with torch.no_grad():
+        leaves.value.zero_()
+    graph.replay()
+    assert (captured[0] == 0).all()
+    assert all(x.isfinite().all() for x in captured)
+
+
+def test_a_stream_of_its_own(seed: int) -> None:
+    inputs = make_inputs(LONG[0], torch.float16, "cpu", seed)
+    expected = results(fused("triton"), inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = results(fused("triton"), inputs)
+    stream.synchronize()
+    for name, x in actual.items():
+        assert_equal_bits(x, expected[name], name)
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    """Nothing of size L x S: 4096 x 4096 scores of two heads would be 128 MiB in float32."""
+    query, key, value = (
+        torch.randn(1, 2, 4096, 64, device="cpu", dtype=torch.float16, requires_grad=True) for _ in range(3)
+    )
+    attention(query, key, value, is_causal=True, backend="triton").sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(query, key, value, is_causal=True, backend="triton").sum().backward()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 16 * query.nbytes
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_a_device_that_is_not_the_current_one(index: int, seed: int) -> None:
+    if index >= torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
+    inputs = make_inputs(LONG[0], torch.float16, f"cuda:{index}", seed)
+    assert_results_within_contract(results(fused("triton"), inputs), inputs)
