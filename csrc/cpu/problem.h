@@ -38,6 +38,8 @@ struct Problem {
   bool has_dropout() const { return dropout_threshold > 0; }
 };
 
+constexpr int64_t BACKWARD_CHUNK = 512;  // keys whose gradients a thread keeps at a time
+
 struct ForwardResults {
   Rows out;
   float *lse, *lse_residual;  // (B, H, L), contiguous
@@ -70,12 +72,20 @@ struct Runtime {
   void* (*scratch)(size_t bytes);  // the calling thread's, kept between calls; holds nothing to rely on
 };
 
+// What the benchmark holds the kernels against; see ceilings.h.
+enum class Ceiling : int32_t { fma, amx, read };
+
+struct DecodeProblem;  // decode_problem.h
+struct DecodeResults;
+
 // The kernels of one instruction set level.
 struct Kernels {
   const char* level;
   void (*forward)(const Problem&, const ForwardResults&, const Runtime&);
   void (*backward)(const Problem&, const BackwardInputs&, const BackwardResults&, const Runtime&);
   void (*weights)(const Problem&, const WeightsResults&, const Runtime&);
+  double (*ceiling)(Ceiling, const void* data, int64_t bytes, int64_t rounds);  // see ceilings.h
+  void (*decode)(const DecodeProblem&, const DecodeResults&, const Runtime&);
 };
 
 }  // namespace fusedformer

@@ -1,4 +1,4 @@
 #pragma GCC target("avx2,fma,f16c")
 #define FF_LEVEL avx2
 #define FF_WIDTH 8
-#include "kernels.h"
+#include "../kernels.h"

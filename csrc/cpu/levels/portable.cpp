@@ -1,3 +1,3 @@
 #define FF_LEVEL portable
 #define FF_WIDTH 4
-#include "kernels.h"
+#include "../kernels.h"

@@ -1,4 +1,4 @@
-// exp2 of one vector.
+// exp2 and tanh of one vector.
 #pragma once
 
 #include "vector.h"
@@ -19,6 +19,22 @@ FF_INLINE Floats exp2(Floats x) {
   power = power * r + 1.0f;
   const Floats scale = from_bits((bits_of(shifted) + 127) << 23);
   return keep(~(x < -126.0f), power * scale);
+}
+
+// Relative error 1e-7: near 0 an odd polynomial (through the Chebyshev points of |x| <= 0.625), else by exp.
+FF_INLINE Floats tanh(Floats x) {
+    const Floats square = x * x;
+    Floats near = square * 0x1.16d8e2p-9f - 0x1.0b5108p-7f;
+    near = near * square + 0x1.6363c2p-6f;
+    near = near * square - 0x1.b9e9fep-5f;
+    near = near * square + 0x1.111046p-3f;
+    near = near * square - 0x1.555552p-2f;
+    near = near * square * x + x;
+    const Ints sign = bits_of(x) & INT32_MIN;
+    const Floats magnitude = from_bits(bits_of(x) & INT32_MAX);
+    const Floats capped = magnitude > 20.0f ? broadcast(20.0f) : magnitude;  // keeps NaN
+    const Floats far = 1.0f - 2.0f / (exp2(capped * (2.0f * LOG2E)) + 1.0f);
+    return select(magnitude < 0.625f, near, from_bits(bits_of(far) | sign));
 }
 
 }  // namespace fusedformer::FF_LEVEL

@@ -1,0 +1,89 @@
+// What this machine reaches at best on as many threads as torch uses: FLOP/s of multiply-add or of tile products,
+// bytes/s read from a working set.
+#include <torch/csrc/stable/library.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "level.h"
+#include "runtime.h"
+
+namespace {
+
+using namespace fusedformer;
+
+constexpr int64_t LEAST_BYTES = 16384;  // of each thread
+constexpr double SAMPLE_SECONDS = 4e-3;
+constexpr int SAMPLES = 10;
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+
+struct Measurement {
+    Ceiling kind;
+    const Kernels& kernels;
+    char* data;
+    int64_t bytes;  // of each thread
+    int64_t rounds;
+    double work = 0.0;
+};
+
+Ceiling kind_of(const std::string& name) {
+    if (name == "fma") return Ceiling::fma;
+    if (name == "amx") return Ceiling::amx;
+    if (name == "read") return Ceiling::read;
+    throw std::invalid_argument("kind: got " + name + ", expected one of fma, amx, read");
+}
+
+// Pairs of bfloat16 numbers in [1, 2) of either sign: as float32 they are just as ordinary.
+void fill(int64_t thread, void* context) {
+    const auto& m = *static_cast<Measurement*>(context);
+    auto* words = reinterpret_cast<uint32_t*>(m.data + thread * m.bytes);
+    uint32_t state = static_cast<uint32_t>(thread) + 1;
+    for (int64_t i = 0; i < m.bytes / 4; i++) {
+        state = state * 1664525u + 1013904223u;
+        words[i] = (state & 0x807f807fu) | 0x3f803f80u;
+    }
+}
+
+void work(int64_t thread, void* context) {
+    auto& m = *static_cast<Measurement*>(context);
+    const double done = m.kernels.ceiling(m.kind, m.data + thread * m.bytes, m.bytes, m.rounds);
+    if (thread == 0) m.work = done;
+}
+
+double cpu_ceiling(std::string kind, int64_t bytes) {
+    const Runtime threads = runtime();
+    Measurement m{kind_of(kind), chosen_kernels(), nullptr, std::max(bytes / threads.threads, LEAST_BYTES) / 64 * 64,
+                  1};
+    const size_t size = static_cast<size_t>(m.bytes) * threads.threads;
+    const std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(64, size)));
+    if (!memory) throw std::bad_alloc();
+    m.data = memory.get();
+    threads.parallel(threads.threads, fill, &m);
+
+    auto seconds = [&] {
+        const auto start = std::chrono::steady_clock::now();
+        threads.parallel(threads.threads, work, &m);
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
+    double least = seconds();
+    if (m.work == 0.0)
+        throw std::invalid_argument("kind: got " + kind + ", which level " + m.kernels.level + " has not");
+    for (; least < SAMPLE_SECONDS; least = seconds()) m.rounds *= 2;
+    for (int i = 1; i < SAMPLES; i++) least = std::min(least, seconds());
+    return threads.threads * m.work / least;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) { m.def("cpu_ceiling(str kind, int bytes) -> float"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CompositeExplicitAutograd, m) {
+    m.impl("cpu_ceiling", TORCH_BOX(&cpu_ceiling));
+}

@@ -1,0 +1,95 @@
+// What the units of a core reach at best: loops that do one thing only, for the benchmark to hold the kernels against.
+#pragma once
+
+#include "problem.h"
+#include "simd/vector.h"
+
+namespace fusedformer::FF_LEVEL {
+
+// Multiplications and additions in registers alone; returns how many. -x + y goes to and fro between two random
+// numbers, so that all bits switch.
+inline double multiply_and_add(const float* data, int64_t rounds) {
+    constexpr int CHAINS = 12;  // enough to hide the latency, and they leave the factors two of 16 registers
+    Floats factor = broadcast(-1.0f), term = load(data), sums[CHAINS];
+    asm("" : "+m"(factor));  // the compiler shall not know it
+    for (int i = 0; i < CHAINS; i++) sums[i] = load(data + i * WIDTH);
+    for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) sums[i] = sums[i] * factor + term;
+    asm volatile("" : : "m"(sums));
+    return 2.0 * CHAINS * WIDTH * static_cast<double>(rounds);
+}
+
+// Reads all of `data` in every round; returns how many bytes.
+inline double read_all(const float* data, int64_t bytes, int64_t rounds) {
+    constexpr int CHAINS = 8;
+    constexpr int64_t STEP = CHAINS * WIDTH;
+    const int64_t count = round_down(bytes / static_cast<int64_t>(sizeof(float)), STEP);
+    Ints sums[CHAINS] = {};
+    for (int64_t round = 0; round < rounds; round++) {
+        for (int64_t i = 0; i < count; i += STEP)
+#pragma GCC unroll 16
+            for (int j = 0; j < CHAINS; j++) sums[j] ^= bits_of(load(data + i + j * WIDTH));
+        asm volatile("" : "+m"(sums) : : "memory");  // each round reads again
+    }
+    return static_cast<double>(count) * sizeof(float) * static_cast<double>(rounds);
+}
+
+#ifdef FF_AMX  // defined by levels/amx.cpp
+
+// bfloat16 products of tiles: two by two of them from the first cache, as a matrix product would; returns how many
+// multiplications and additions.
+inline double multiply_tiles(const void* data, int64_t rounds) {
+    struct alignas(64) Tiles {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static constexpr Tiles tiles;  // in memory as a whole: the intrinsics tell the compiler of its first bytes alone
+    Tiles before;
+    _tile_storeconfig(&before);
+    asm volatile("" : "+m"(before));
+    _tile_loadconfig(&tiles);
+    const auto* operands = static_cast<const char*>(data);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t round = 0; round < rounds; round++) {
+        _tile_loadd(4, operands, 64);
+        _tile_loadd(5, operands + 1024, 64);
+        _tile_loadd(6, operands + 2048, 64);
+        _tile_loadd(7, operands + 3072, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    if (before.palette == 0)
+        _tile_release();
+    else
+        _tile_loadconfig(&before);
+    return 4 * 2.0 * 16 * 16 * 32 * static_cast<double>(rounds);
+}
+
+#endif
+
+// Does `rounds` of the work that `kind` counts; returns how much that was, 0 where this level has no such unit. `data`
+// are random bfloat16 numbers, 4 KB or more.
+inline double measure_ceiling(Ceiling kind, const void* data, int64_t bytes, int64_t rounds) {
+    const auto* floats = static_cast<const float*>(data);
+    switch (kind) {
+        case Ceiling::fma:
+            return multiply_and_add(floats, rounds);
+        case Ceiling::read:
+            return read_all(floats, bytes, rounds);
+#ifdef FF_AMX
+        case Ceiling::amx:
+            return multiply_tiles(data, rounds);
+#endif
+        default:
+            return 0.0;
+    }
+}
+
+}  // namespace fusedformer::FF_LEVEL

@@ -1,0 +1,38 @@
+// torch's tensors as the pointers, strides and types that the kernels read.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "problem.h"
+
+namespace fusedformer {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Type type_of(const Tensor& x) {
+    using torch::headeronly::ScalarType;
+    switch (x.scalar_type()) {
+        case ScalarType::Bool: return Type::boolean;
+        case ScalarType::Float: return Type::float32;
+        case ScalarType::Half: return Type::float16;
+        case ScalarType::BFloat16: return Type::bfloat16;
+        case ScalarType::Double: return Type::float64;
+        default: throw std::invalid_argument("a tensor's dtype is none that the kernels read");
+    }
+}
+
+// A dimension of size 1 may have any stride; 0 broadcasts it.
+inline int64_t stride(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
+
+inline Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+inline Mask per_head(const MaybeTensor& x) {  // (B, H)
+    if (!x) return {};
+    return {type_of(*x), x->data_ptr(), stride(*x, 0), stride(*x, 1), 0, 0};
+}
+
+}  // namespace fusedformer
