@@ -2,9 +2,10 @@
 //
 //     P = exp(S - lse)   dV = Pᵀ dO   dP = dO Vᵀ   dS = P ∘ (dP - delta)   dQ = dS K   dK = dSᵀ Q
 //
-// with delta = rowsum(dO ∘ O) - grad_lse. A task takes every `groups`-th chunk of keys of one batch and key head: it packs
-// a chunk once and walks over the queries that see it. dK and dV are its own, kept transposed so that both operands of
-// each product come as they are computed; dQ goes to its group's partial sum, and the sums are added at the end, in order.
+// with delta = rowsum(dO ∘ O) - grad_lse. A task takes every `groups`-th chunk of keys of one batch and key head: it
+// packs a chunk once and walks over the queries that see it. dK and dV are its own, kept transposed so that both
+// operands of each product come as they are computed; dQ goes to its group's partial sum, and the sums are added at the
+// end, in order.
 #pragma once
 
 #include "arena.h"
@@ -50,15 +51,15 @@ class AttentionBackward {
         : p_(p), inputs_(inputs), results_(results), runtime_(runtime) {}
 
     struct Scratch {
-        float *scores, *products, *raw;      // (BLOCK_Q, BLOCK_K): S, dP and, under a softcap, Q Kᵀ
-        float *lse, *lse_residual, *delta;   // (BLOCK_Q)
-        float* grad_query;                   // (BLOCK_Q, width)
-        float *grad_keys, *grad_values;      // (chunk / BLOCK_K, E or Ev, BLOCK_K)
-        float *bias, *grad_bias;             // (chunk)
-        float* mean;                         // (BLOCK_Q, BLOCK_K)
+        float *scores, *products, *raw;     // (BLOCK_Q, BLOCK_K): S, dP and, under a softcap, Q Kᵀ
+        float *lse, *lse_residual, *delta;  // (BLOCK_Q)
+        float* grad_query;                  // (BLOCK_Q, width)
+        float *grad_keys, *grad_values;     // (chunk / BLOCK_K, E or Ev, BLOCK_K)
+        float *bias, *grad_bias;            // (chunk)
+        float* mean;                        // (BLOCK_Q, BLOCK_K)
         Packed *query, *query_t, *grad_out, *grad_out_t;
-        Packed *keys_t, *values_t, *keys;    // right operands: Kᵀ, Vᵀ, K
-        Packed *weights, *left, *right;      // P as a right operand, dS as both
+        Packed *keys_t, *values_t, *keys;  // right operands: Kᵀ, Vᵀ, K
+        Packed *weights, *left, *right;    // P as a right operand, dS as both
         uint16_t* lanes;
     };
 
@@ -153,20 +154,19 @@ class AttentionBackward {
                 s.lse[r] = inputs_.lse[row], s.lse_residual[r] = inputs_.lse_residual[row];
             }
         }
-        return {h, first, count,
-                E::left(at(p_.query, b, h, first), p_.query.row, count, p_.head_dim, s.query),
+        return {h, first, count, E::left(at(p_.query, b, h, first), p_.query.row, count, p_.head_dim, s.query),
                 E::left(at(inputs_.grad_out, b, h, first), inputs_.grad_out.row, count, p_.head_dim_v, s.grad_out)};
     }
 
-    // S, then P and dS of keys [j, j + n): `each(row, column, P, dS, P below, dS below)` gets two rows at a time, P as it
-    // multiplied the values. Packed keys and values begin at key j.
+    // S, then P and dS of keys [j, j + n): `each(row, column, P, dS, P below, dS below)` gets two rows at a time, P as
+    // it multiplied the values. Packed keys and values begin at key j.
     template <bool PLAIN, class F>
     void tile(const Scratch& s, int64_t b, const Queries& q, const Packed* keys_t, const Packed* values_t, int64_t j,
               int64_t n, const float* bias, F each) const {
         const int64_t width = round_up(n, PANEL);
         const ScoreRules rules{p_, b, q.head};
-        E::multiply(s.scores, BLOCK_K, q.query, keys_t, p_.head_dim, q.count, n, p_.head_dim, false);
-        E::multiply(s.products, BLOCK_K, q.grad_out, values_t, p_.head_dim_v, q.count, n, p_.head_dim_v, false);
+        E::multiply_packed(s.scores, BLOCK_K, q.query, keys_t, p_.head_dim, q.count, n, p_.head_dim, false);
+        E::multiply_packed(s.products, BLOCK_K, q.grad_out, values_t, p_.head_dim_v, q.count, n, p_.head_dim_v, false);
         if (p_.softcap > 0.0)
             for (int64_t r = 0; r < q.count * BLOCK_K; r += WIDTH) store(s.raw + r, load(s.scores + r));
         if (!PLAIN || rules.touches(q.first, q.count, j, width, bias))
@@ -175,8 +175,8 @@ class AttentionBackward {
             const bool pair = r + 1 < q.count;
             if (p_.has_dropout())
                 for (int64_t below = 0; below <= pair; below++)
-                    philox_lanes(s.lanes + below * BLOCK_K, p_.seed, j, width, static_cast<uint32_t>(q.first + r + below),
-                                 rules.matrix(), 0);
+                    philox_lanes(s.lanes + below * BLOCK_K, p_.seed, j, width,
+                                 static_cast<uint32_t>(q.first + r + below), rules.matrix(), 0);
             for (int64_t k = 0; k < width; k += WIDTH) {
                 Floats weight, weight_below = {}, grad, grad_below = {};
                 differentiate<PLAIN>(s, r, k, s.lanes + k, weight, grad);
@@ -191,8 +191,10 @@ class AttentionBackward {
                                  Floats& grad) const {
         const Floats score = load(s.scores + r * BLOCK_K + k);
         Floats power;
-        if constexpr (PLAIN) power = score * (static_cast<float>(p_.scale) * LOG2E) - s.lse[r] - s.lse_residual[r];
-        else power = ((score - s.lse[r]) - s.lse_residual[r]) * LOG2E;
+        if constexpr (PLAIN)
+            power = score * (static_cast<float>(p_.scale) * LOG2E) - s.lse[r] - s.lse_residual[r];
+        else
+            power = ((score - s.lse[r]) - s.lse_residual[r]) * LOG2E;
         weight = exp2(power);
         Floats product = load(s.products + r * BLOCK_K + k);
         const Floats whole = weight;
@@ -218,19 +220,21 @@ class AttentionBackward {
         const int64_t group = task % results_.groups, head_kv = task / results_.groups % p_.heads_kv;
         const int64_t b = task / results_.groups / p_.heads_kv;
         const Scratch s = scratch();
+        [[maybe_unused]] const typename E::Session session;
         const int64_t first_head = head_kv * p_.group();
         if (results_.partial_grad_query)
             for (int64_t h = first_head; h < first_head + p_.group(); h++)
                 fill(partial(group, b, h, 0), p_.len_q * p_.head_dim);
         for (int64_t j = group * chunk_; j == 0 || j < p_.len_k; j += results_.groups * chunk_) {
-            if (plain_) chunk<true>(s, group, b, head_kv, j);
-            else chunk<false>(s, group, b, head_kv, j);
+            if (plain_)
+                chunk<true>(s, group, b, head_kv, j);
+            else
+                chunk<false>(s, group, b, head_kv, j);
         }
     }
 
     float* partial(int64_t group, int64_t b, int64_t h, int64_t row) const {
-        return results_.partial_grad_query +
-               (((group * p_.batch + b) * p_.heads + h) * p_.len_q + row) * p_.head_dim;
+        return results_.partial_grad_query + (((group * p_.batch + b) * p_.heads + h) * p_.len_q + row) * p_.head_dim;
     }
 
     static void fill(float* to, int64_t count) { __builtin_memset(to, 0, count * sizeof(float)); }
@@ -238,7 +242,8 @@ class AttentionBackward {
     template <bool PLAIN>
     void chunk(const Scratch& s, int64_t group, int64_t b, int64_t head_kv, int64_t first) const {
         const int64_t count = smaller(chunk_, p_.len_k - first), depth = round_up(count, E::DEPTH);
-        const int64_t rows_k = round_up(p_.head_dim, E::ROW_MULTIPLE), rows_v = round_up(p_.head_dim_v, E::ROW_MULTIPLE);
+        const int64_t rows_k = round_up(p_.head_dim, E::ROW_MULTIPLE),
+                      rows_v = round_up(p_.head_dim_v, E::ROW_MULTIPLE);
         fill(s.grad_keys, round_up(count, BLOCK_K) * rows_k);
         fill(s.grad_values, round_up(count, BLOCK_K) * rows_v);
         const Scalar *keys = at(p_.key, b, head_kv, first), *values = at(p_.value, b, head_kv, first);
@@ -269,10 +274,12 @@ class AttentionBackward {
     void block(const Scratch& s, int64_t group, int64_t b, int64_t h, int64_t i, int64_t first, int64_t count,
                int64_t depth, const float* bias, bool visible) const {
         const Queries q = queries(s, b, h, i);
-        const auto query_t = E::left_transposed(q.query, at(p_.query, b, h, i), p_.query.row, q.count, p_.head_dim, s.query_t);
-        const auto grad_out_t = E::left_transposed(q.grad_out, at(inputs_.grad_out, b, h, i), inputs_.grad_out.row, q.count,
-                                                   p_.head_dim_v, s.grad_out_t);
-        const int64_t rows_k = round_up(p_.head_dim, E::ROW_MULTIPLE), rows_v = round_up(p_.head_dim_v, E::ROW_MULTIPLE);
+        const auto query_t =
+            E::left_transposed(q.query, at(p_.query, b, h, i), p_.query.row, q.count, p_.head_dim, s.query_t);
+        const auto grad_out_t = E::left_transposed(q.grad_out, at(inputs_.grad_out, b, h, i), inputs_.grad_out.row,
+                                                   q.count, p_.head_dim_v, s.grad_out_t);
+        const int64_t rows_k = round_up(p_.head_dim, E::ROW_MULTIPLE),
+                      rows_v = round_up(p_.head_dim_v, E::ROW_MULTIPLE);
         const Range seen = visible_keys(p_, i, i + q.count - 1);
         const int64_t begin = larger(round_down(seen.begin, BLOCK_K), first), end = smaller(seen.end, first + count);
         bool started = false;
@@ -293,12 +300,15 @@ class AttentionBackward {
                             E::put_left(s.left, BLOCK_Q, BLOCK_K, r, k, ds);
                             if (r + 1 < q.count) E::put_left(s.left, BLOCK_Q, BLOCK_K, r + 1, k, ds_below);
                         });
-            E::multiply(s.grad_values + at_key * rows_v, BLOCK_K, grad_out_t, s.weights, BLOCK_Q, p_.head_dim_v, n, q.count,
+            E::clear_right(s.weights, BLOCK_Q, q.count, n);
+            E::clear_right(s.right, BLOCK_Q, q.count, n);
+            E::multiply(s.grad_values + at_key * rows_v, BLOCK_K, grad_out_t, s.weights, BLOCK_Q, p_.head_dim_v, n,
+                        q.count, true);
+            E::multiply(s.grad_keys + at_key * rows_k, BLOCK_K, query_t, s.right, BLOCK_Q, p_.head_dim, n, q.count,
                         true);
-            E::multiply(s.grad_keys + at_key * rows_k, BLOCK_K, query_t, s.right, BLOCK_Q, p_.head_dim, n, q.count, true);
             if (!results_.grad_query.data) continue;
-            E::multiply(s.grad_query, width_, E::left_of(s.left, BLOCK_Q, BLOCK_K), E::right_at(s.keys, depth, at_key, 0),
-                        depth, q.count, p_.head_dim, n, started);
+            E::multiply_packed(s.grad_query, width_, E::left_of(s.left, BLOCK_Q, BLOCK_K),
+                               E::right_at(s.keys, depth, at_key, 0), depth, q.count, p_.head_dim, n, started);
             started = true;
         }
         if (results_.grad_query.data) store_query(s, group, b, q, started);
@@ -345,11 +355,20 @@ class AttentionBackward {
 
     static void store_term(Type type, void* row, int64_t at, float x) {
         switch (type) {
-            case Type::float32: static_cast<float*>(row)[at] = x; break;
-            case Type::float64: static_cast<double*>(row)[at] = x; break;
-            case Type::float16: store_some(static_cast<Float16*>(row) + at, broadcast(x), 1); break;
-            case Type::bfloat16: store_some(static_cast<BFloat16*>(row) + at, broadcast(x), 1); break;
-            default: break;
+            case Type::float32:
+                static_cast<float*>(row)[at] = x;
+                break;
+            case Type::float64:
+                static_cast<double*>(row)[at] = x;
+                break;
+            case Type::float16:
+                store_some(static_cast<Float16*>(row) + at, broadcast(x), 1);
+                break;
+            case Type::bfloat16:
+                store_some(static_cast<BFloat16*>(row) + at, broadcast(x), 1);
+                break;
+            default:
+                break;
         }
     }
 
@@ -360,7 +379,8 @@ class AttentionBackward {
                 Floats total = {};
                 for (int64_t group = 0; group < results_.groups; group++)
                     total += load_some(partial(group, b, h, i) + e, p_.head_dim - e);
-                store_some(at<Scalar>(results_.grad_query, b, h, i) + e, total * static_cast<float>(p_.scale), p_.head_dim - e);
+                store_some(at<Scalar>(results_.grad_query, b, h, i) + e, total * static_cast<float>(p_.scale),
+                           p_.head_dim - e);
             }
         }
     }
@@ -368,14 +388,17 @@ class AttentionBackward {
     // ---- the gradient of attn_mask, in its own shape: dS summed over what it is broadcast along
 
     void mask_gradient(int64_t task) const {
-        if (plain_) mask_rows<true>(task);
-        else mask_rows<false>(task);
+        if (plain_)
+            mask_rows<true>(task);
+        else
+            mask_rows<false>(task);
     }
 
     template <bool PLAIN>
     void mask_rows(int64_t task) const {
         const Mask& to = results_.grad_attn_mask;
         const Scratch s = scratch();
+        [[maybe_unused]] const typename E::Session session;
         const int64_t i = task % blocks_ * BLOCK_Q, matrix = task / blocks_, m = smaller(BLOCK_Q, p_.len_q - i);
         const int64_t mask_heads = to.head ? p_.heads : 1, mask_b = matrix / mask_heads, mask_h = matrix % mask_heads;
         float row_sums[BLOCK_Q] = {};
@@ -389,8 +412,10 @@ class AttentionBackward {
                 char* row = static_cast<char*>(const_cast<void*>(mask_row(to, mask_b, mask_h, i + r)));
                 for (int64_t k = 0; k < n; k++) {
                     const float x = s.mean[r * BLOCK_K + k];
-                    if (to.key == 0) row_sums[r] += x;
-                    else store_term(to.type, row, (j + k) * to.key, x);
+                    if (to.key == 0)
+                        row_sums[r] += x;
+                    else
+                        store_term(to.type, row, (j + k) * to.key, x);
                 }
             }
         }

@@ -1,5 +1,5 @@
-// Decoding as torch sees it: appends to the cache, then runs the chosen level's kernel. The checks are those of its only
-// caller, kernels/attention/native_decode.py.
+// Decoding as torch sees it: appends to the cache, then runs the chosen level's kernel. The checks are those of its
+// only caller, kernels/attention/native_decode.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -14,9 +14,8 @@
 namespace fusedformer {
 namespace {
 
-constexpr int64_t PIECE = 512;      // keys: fewer cost more to join than they give to another thread
-constexpr int64_t MOST_PIECES = 64; // bounds the memory of the partial results
-constexpr int64_t PADDING = 48;     // of a row of them: a whole chunk of the widest level, the largest score and the sum
+constexpr int64_t PIECE = 512;        // keys: fewer cost more to join than they give to another thread
+constexpr int64_t WIDEST_CHUNK = 32;  // of any level, see attention_decode.h
 
 // Kept between calls, and apart from the thread's scratch, which the kernel takes.
 float* partial_results(size_t count) {
@@ -91,7 +90,7 @@ void decode(DecodeProblem p, Rows out, float* lse, float* lse_residual) {
     const int64_t fair = (keys + MOST_PIECES - 1) / MOST_PIECES;
     p.piece_keys = std::max(PIECE, (fair + PIECE - 1) / PIECE * PIECE);
     p.pieces = std::max<int64_t>(1, (keys + p.piece_keys - 1) / p.piece_keys);
-    const int64_t width = (p.head_dim_v + 15) / 16 * 16 + PADDING;
+    const int64_t width = (p.head_dim_v + WIDEST_CHUNK - 1) / WIDEST_CHUNK * WIDEST_CHUNK + 16;  // whole lines
     float* partial = partial_results(rows * p.pieces * width);
     chosen_kernels().decode(p, {out, lse, lse_residual, partial, width}, runtime());
 }

@@ -1,6 +1,6 @@
-// Attention of a few queries over many keys, bound by the reading of keys and values: each is read once, as it lies, for
-// all rows (query, head) that share it. The keys are split into pieces, one task each; a second pass joins the pieces'
-// results in their order (split-KV as in Flash-Decoding, Dao et al., 2023).
+// Attention of a few queries over many keys, bound by the reading of keys and values: each is read once, as it lies,
+// for all rows (query, head) that share it. The keys are split into pieces, one task each; a second pass joins the
+// pieces' results in their order (split-KV as in Flash-Decoding, Dao et al., 2023).
 //
 // A piece is walked in tiles of at most TILE keys that take part. A product of a query and a key is a sum over lanes;
 // WIDTH such sums, of KEYS keys and ROWS rows, are turned into one vector of scores at a time. Features are handled in
@@ -15,8 +15,8 @@ namespace fusedformer::FF_LEVEL {
 
 constexpr int64_t CHUNK = 2 * WIDTH;
 
-// A chunk as two vectors of float32. The order of its elements is the type's own: bfloat16 is widened fastest as the low
-// and the high halves of 32-bit words.
+// A chunk as two vectors of float32. The order of its elements is the type's own: bfloat16 is widened fastest as the
+// low and the high halves of 32-bit words.
 struct Chunk {
     Floats low, high;
 };
@@ -37,6 +37,12 @@ FF_INLINE void chunk_elements(Ints& low, Ints& high) {
 template <>
 FF_INLINE void chunk_elements<BFloat16>(Ints& low, Ints& high) {
     low = lane_numbers() * 2, high = low + 1;
+}
+
+// Used more than once: read once, not once for each use.
+FF_INLINE Floats in_register(Floats x) {
+    asm("" : "+v"(x));
+    return x;
 }
 
 template <class S>
@@ -82,7 +88,8 @@ FF_INLINE Floats sums_of_lanes(Floats* sums) {
 template <class S>
 class AttentionDecode {
     static constexpr int TILE = 64;
-    static constexpr int64_t TILE_BYTES = 16384;  // of keys or values: both and the next ones stay in the first-level cache
+    static constexpr int64_t TILE_BYTES =
+        16384;  // of keys or values: both and the next ones stay in the first-level cache
     static constexpr int64_t LINE = 64;
 
   public:
@@ -90,12 +97,12 @@ class AttentionDecode {
         const AttentionDecode decode(p, results, runtime);
         auto* self = const_cast<AttentionDecode*>(&decode);
         runtime.parallel(
-            decode.units_ * p.pieces, [](int64_t task, void* self) { static_cast<AttentionDecode*>(self)->compute(task); },
-            self);
+            decode.units_ * p.pieces,
+            [](int64_t task, void* self) { static_cast<AttentionDecode*>(self)->compute(task); }, self);
         if (p.pieces == 1) return;  // each task has finished its rows
         runtime.parallel(
-            decode.units_ * decode.rows_, [](int64_t row, void* self) { static_cast<AttentionDecode*>(self)->finish(row); },
-            self);
+            decode.units_ * decode.rows_,
+            [](int64_t row, void* self) { static_cast<AttentionDecode*>(self)->finish(row); }, self);
     }
 
   private:
@@ -115,10 +122,10 @@ class AttentionDecode {
     };
 
     struct Scratch {
-        float* query;  // (rows, chunks, CHUNK): of a block of rows (chunks, ROWS, CHUNK)
+        float* query;             // (rows, chunks, CHUNK): of a block of rows (chunks, ROWS, CHUNK)
         Floats *largest, *total;  // (rows), of a block at its first row, each row's in its own lanes
-        float* spare;  // stands for the partial result of a row that fills up a block
-        Tile* tiles;   // the one that is computed, and the next, whose rows are on their way
+        float* spare;             // stands for the partial result of a row that fills up a block
+        Tile* tiles;              // the one that is computed, and the next, whose rows are on their way
     };
 
     // The rows that share keys and values of one sequence.
@@ -233,22 +240,30 @@ class AttentionDecode {
     void add_run(Tile& tile, const Unit& u, int64_t block, int64_t slot, int64_t position, int64_t run) const {
         const S* key = static_cast<const S*>(p_.key.data) + block * p_.key.batch + u.head_kv * p_.key.head;
         const S* value = static_cast<const S*>(p_.value.data) + block * p_.value.batch + u.head_kv * p_.value.head;
-        float bias[TILE + WIDTH];
+        key += slot * p_.key.row, value += slot * p_.value.row;
+        const int64_t first = tile.count;
         if (p_.key_mask.data) {
             const void* terms = mask_row(p_.key_mask, u.b, u.head, 0);
-            for (int64_t k = 0; k < run; k += WIDTH)
-                store(bias + k, mask_terms(p_.key_mask.type, terms, p_.key_mask.key, position + k, run - k));
-        }
-        for (int64_t k = 0; k < run; k++) {
-            if (p_.key_mask.data) {
-                if (bias[k] == -INFINITE) continue;
-                tile.bias[tile.count] = bias[k];
+            for (int64_t k = 0; k < run; k += WIDTH) {
+                const Floats bias = mask_terms(p_.key_mask.type, terms, p_.key_mask.key, position + k, run - k);
+                for (int64_t lane = 0; lane < smaller<int64_t>(WIDTH, run - k); lane++)
+                    if (bias[lane] != -INFINITE) {
+                        tile.bias[tile.count] = bias[lane];
+                        tile.position[tile.count++] = static_cast<int32_t>(position + k + lane);
+                    }
             }
-            const int64_t at = tile.count++;
-            tile.position[at] = static_cast<int32_t>(position + k);
-            tile.keys[at] = whole_chunk(key + (slot + k) * p_.key.row, p_.head_dim, tile.padded_keys + at * CHUNK);
-            tile.values[at] = whole_chunk(value + (slot + k) * p_.value.row, p_.head_dim_v, tile.padded_values + at * CHUNK);
+        } else {
+            for (int64_t k = 0; k < run; k++) tile.position[first + k] = static_cast<int32_t>(position + k);
+            tile.count += run;
         }
+        for (int64_t k = first; k < tile.count; k++) {
+            tile.keys[k] = key + (tile.position[k] - position) * p_.key.row;
+            tile.values[k] = value + (tile.position[k] - position) * p_.value.row;
+        }
+        for (int64_t k = first; p_.head_dim < CHUNK && k < tile.count; k++)
+            tile.keys[k] = whole_chunk(tile.keys[k], p_.head_dim, tile.padded_keys + k * CHUNK);
+        for (int64_t k = first; p_.head_dim_v < CHUNK && k < tile.count; k++)
+            tile.values[k] = whole_chunk(tile.values[k], p_.head_dim_v, tile.padded_values + k * CHUNK);
     }
 
     static FF_INLINE const S* whole_chunk(const S* row, int64_t count, S* copy) {
@@ -299,9 +314,12 @@ class AttentionDecode {
         alignas(64) float scores[TILE * ROWS];
         const float* query = s.query + row * chunks_ * CHUNK;
         // The first block of rows waits for memory, the others find the tile in the cache.
-        if (row == 0) products<ROWS, true>(tile, query, scores);
-        else products<ROWS, false>(tile, query, scores);
-        if (has_terms_ || tile.count * ROWS % WIDTH != 0 || band_touches(u.problem, tile)) apply_rules<ROWS>(u, row, tile, scores);
+        if (row == 0)
+            products<ROWS, true>(tile, query, scores);
+        else
+            products<ROWS, false>(tile, query, scores);
+        if (has_terms_ || tile.count * ROWS % WIDTH != 0 || band_touches(u.problem, tile))
+            apply_rules<ROWS>(u, row, tile, scores);
 
         const int64_t count = round_up(tile.count * ROWS, WIDTH);
         Floats most = s.largest[row];
@@ -316,8 +334,10 @@ class AttentionDecode {
             total += weights;
         }
         s.largest[row] = most, s.total[row] = total;
-        if (row == 0) add_values<ROWS, true>(tile, next, scores, shrink, out);
-        else add_values<ROWS, false>(tile, next, scores, shrink, out);
+        if (row == 0)
+            add_values<ROWS, true>(tile, next, scores, shrink, out);
+        else
+            add_values<ROWS, false>(tile, next, scores, shrink, out);
     }
 
     struct Sum {
@@ -346,8 +366,13 @@ class AttentionDecode {
         }
     }
 
-    static FF_INLINE void prefetch_row(const S* row, int64_t count) {
-        for (int64_t c = 0; c < count; c += LINE / sizeof(S)) __builtin_prefetch(row + c);
+    // The lines of a chunk are fetched while the one before is computed. Where several chunks share a line, each
+    // fetches it for some of the rows, so that the fetches are spread evenly.
+    static FF_INLINE void prefetch_chunk(const S* row, int64_t c, int64_t number) {
+        constexpr int64_t BYTES = CHUNK * sizeof(S), SHARED = BYTES < LINE ? LINE / BYTES : 1;
+        if ((number + c) % SHARED != 0) return;
+        for (int64_t at = 0; at < BYTES; at += LINE)
+            __builtin_prefetch(reinterpret_cast<const char*>(row) + c / SHARED * (SHARED * BYTES) + at);
     }
 
     // scores (keys, ROWS) = K Qᵀ * scale
@@ -356,9 +381,7 @@ class AttentionDecode {
         constexpr int KEYS = WIDTH / ROWS;
         const float scale = static_cast<float>(p_.scale);
         for (int64_t k = 0; k < tile.count; k += KEYS) {
-            if constexpr (AHEAD)
-                for (int i = 0; i < KEYS; i++) prefetch_row(tile.values[k + i], p_.head_dim_v);
-            store(scores + k * ROWS, dot_products<ROWS>(tile.keys + k, query) * scale);
+            store(scores + k * ROWS, dot_products<ROWS, AHEAD>(tile.keys + k, tile.values + k, query) * scale);
         }
     }
 
@@ -366,7 +389,8 @@ class AttentionDecode {
     static FF_INLINE void add_products(Floats* sums, const Chunk* chunks, const float* query) {
 #pragma GCC unroll 4
         for (int row = 0; row < ROWS; row++) {
-            const Floats low = load(query + row * CHUNK), high = load(query + row * CHUNK + WIDTH);
+            const Floats low = in_register(load(query + row * CHUNK)),
+                         high = in_register(load(query + row * CHUNK + WIDTH));
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH / ROWS; i++) {
                 sums[i * ROWS + row] += chunks[i].low * low;
@@ -375,8 +399,8 @@ class AttentionDecode {
         }
     }
 
-    template <int ROWS>
-    FF_INLINE Floats dot_products(const S* const* keys, const float* query) const {
+    template <int ROWS, bool AHEAD>
+    FF_INLINE Floats dot_products(const S* const* keys, const S* const* ahead, const float* query) const {
         constexpr int KEYS = WIDTH / ROWS;
         Floats sums[WIDTH] = {};
         const S* key[KEYS];
@@ -384,6 +408,8 @@ class AttentionDecode {
         const int64_t whole = p_.head_dim / CHUNK;
         Chunk chunks[KEYS];
         for (int64_t c = 0; c < whole; c++, query += ROWS * CHUNK) {
+            if constexpr (AHEAD)
+                for (int i = 0; i < KEYS; i++) prefetch_chunk(ahead[i], c, i);
 #pragma GCC unroll 16
             for (int i = 0; i < KEYS; i++) chunks[i] = load_chunk(key[i] + c * CHUNK);
             add_products<ROWS>(sums, chunks, query);
@@ -432,7 +458,8 @@ class AttentionDecode {
             if (p.attn_mask.data) x = add_terms(x, terms);
             if (p.key_mask.data) x = add_terms(x, bias);
             Ints inside = lane_numbers() < static_cast<int32_t>((tile.count - k) * ROWS);
-            if (p.window_right >= 0) inside &= away <= static_cast<int32_t>(smaller<int64_t>(p.window_right, INT32_MAX));
+            if (p.window_right >= 0)
+                inside &= away <= static_cast<int32_t>(smaller<int64_t>(p.window_right, INT32_MAX));
             if (p.window_left >= 0) inside &= away >= -static_cast<int32_t>(smaller<int64_t>(p.window_left, INT32_MAX));
             store(scores + k * ROWS, select(inside, x, broadcast(-INFINITE)));
         }
@@ -448,19 +475,16 @@ class AttentionDecode {
     template <int ROWS, bool AHEAD>
     void add_values(const Tile& tile, const Tile& next, const float* weights, Floats shrink, float** out) const {
         constexpr int64_t TOGETHER = (WIDTH == 16 ? 8 : 4) / ROWS;  // chunks: two accumulators for each and each row
-        int64_t c = 0, ahead = 0;
-        for (; c + TOGETHER <= chunks_v_; c += TOGETHER) {
-            if constexpr (AHEAD)
-                for (const int64_t end = next.count * (c + TOGETHER) / chunks_v_; ahead < end; ahead++)
-                    prefetch_row(next.keys[ahead], p_.head_dim);
-            add_chunks<ROWS, TOGETHER>(tile, weights, shrink, out, c);
-        }
+        int64_t c = 0;
+        for (; c + TOGETHER <= chunks_v_; c += TOGETHER)
+            add_chunks<ROWS, TOGETHER, AHEAD>(tile, next, weights, shrink, out, c);
         if constexpr (TOGETHER > 1)
-            for (; c < chunks_v_; c++) add_chunks<ROWS, 1>(tile, weights, shrink, out, c);
+            for (; c < chunks_v_; c++) add_chunks<ROWS, 1, AHEAD>(tile, next, weights, shrink, out, c);
     }
 
-    template <int ROWS, int CHUNKS>
-    FF_INLINE void add_chunks(const Tile& tile, const float* weights, Floats shrink, float** out, int64_t c) const {
+    template <int ROWS, int CHUNKS, bool AHEAD>
+    FF_INLINE void add_chunks(const Tile& tile, const Tile& next, const float* weights, Floats shrink, float** out,
+                              int64_t c) const {
         Chunk sums[CHUNKS][ROWS];
         int64_t at[CHUNKS];
 #pragma GCC unroll 8
@@ -476,6 +500,7 @@ class AttentionDecode {
             const S* value = tile.values[k];
 #pragma GCC unroll 8
             for (int n = 0; n < CHUNKS; n++) {
+                if constexpr (AHEAD) prefetch_chunk(next.keys[k], c + n, k);
                 const Chunk chunk = load_chunk(value + at[n]);
 #pragma GCC unroll 4
                 for (int row = 0; row < ROWS; row++) {
@@ -496,6 +521,8 @@ class AttentionDecode {
 
     // ---- the pieces together
 
+    static float power(float x) { return exp2(broadcast(x * LOG2E))[0]; }
+
     // Row number `row` of all units: its pieces' results, and the sink's.
     void finish(int64_t row) const {
         const int64_t index = row / rows_, r = row % rows_;
@@ -509,11 +536,10 @@ class AttentionDecode {
             most = found > most ? found : most;
         }
         const float reference = most == -INFINITE ? 0.0f : most;
-        auto weight = [&](float x) { return exp2(broadcast((x - reference) * LOG2E))[0]; };
-        float sum = weight(sink);
+        float sum = power(sink - reference), share[MOST_PIECES];
         for (int64_t piece = 0; piece < p_.pieces; piece++) {
-            float* part = partial(index, piece, r);
-            sum += total(part) * weight(largest(part));
+            share[piece] = power(largest(partial(index, piece, r)) - reference);
+            sum += total(partial(index, piece, r)) * share[piece];
         }
         S* out = static_cast<S*>(results_.out.data) + u.b * results_.out.batch + head * results_.out.head +
                  query * results_.out.row;
@@ -523,9 +549,8 @@ class AttentionDecode {
             for (int64_t piece = 0; piece < p_.pieces; piece++) {
                 float* part = partial(index, piece, r);
                 if (total(part) == 0.0f) continue;  // it saw no key and wrote nothing
-                const float share = weight(largest(part)) / divisor;
-                mean.low += load(part + c * CHUNK) * share;
-                mean.high += load(part + c * CHUNK + WIDTH) * share;
+                mean.low += load(part + c * CHUNK) * (share[piece] / divisor);
+                mean.high += load(part + c * CHUNK + WIDTH) * (share[piece] / divisor);
             }
             mean = in_order<S>(mean);
             const int64_t at = chunk_at(c, p_.head_dim_v);
@@ -542,9 +567,12 @@ class AttentionDecode {
 
 inline void decode_attention(const DecodeProblem& p, const DecodeResults& results, const Runtime& runtime) {
     switch (p.type) {
-        case Type::float16: return AttentionDecode<Float16>::run(p, results, runtime);
-        case Type::bfloat16: return AttentionDecode<BFloat16>::run(p, results, runtime);
-        default: return AttentionDecode<float>::run(p, results, runtime);
+        case Type::float16:
+            return AttentionDecode<Float16>::run(p, results, runtime);
+        case Type::bfloat16:
+            return AttentionDecode<BFloat16>::run(p, results, runtime);
+        default:
+            return AttentionDecode<float>::run(p, results, runtime);
     }
 }
 

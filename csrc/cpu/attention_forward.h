@@ -1,5 +1,5 @@
-// Attention forward: softmax(Q Kᵀ / √d) V in one pass over the keys ("Attention Is All You Need", equation 1; tiled with
-// an online softmax as in FlashAttention, Dao et al., 2022).
+// Attention forward: softmax(Q Kᵀ / √d) V in one pass over the keys ("Attention Is All You Need", equation 1; tiled
+// with an online softmax as in FlashAttention, Dao et al., 2022).
 //
 // A task is a chunk of the query blocks of the heads that share keys and values. It walks over the keys by super-blocks
 // that fit the second-level cache: packed once, used by all of its query blocks.
@@ -39,16 +39,16 @@ class AttentionForward {
 
     // What a task keeps. A unit is one block of queries of one head.
     struct Scratch {
-        float* out;           // (units, block_q, width_v), relative to the references
-        float* sums;          // (units, block_q, WIDTH), partial in each lane
-        float* references;    // (units, block_q), near the largest score so far, -infinity where there was none
-        int64_t* unset;       // (units), how many are -infinity
-        bool* started;        // (units), whether `out` holds anything
-        float* scores;        // (block_q, BLOCK_K)
-        float* block_sums;    // (block_q, WIDTH)
-        float* bias;          // (super)
+        float* out;         // (units, block_q, width_v), relative to the references
+        float* sums;        // (units, block_q, WIDTH), partial in each lane
+        float* references;  // (units, block_q), near the largest score so far, -infinity where there was none
+        int64_t* unset;     // (units), how many are -infinity
+        bool* started;      // (units), whether `out` holds anything
+        float* scores;      // (block_q, BLOCK_K)
+        float* block_sums;  // (block_q, WIDTH)
+        float* bias;        // (super)
         Packed *weights, *query, *keys, *values;
-        uint16_t* lanes;      // dropout's, (BLOCK_K)
+        uint16_t* lanes;  // dropout's, (BLOCK_K)
     };
 
     AttentionForward(const Problem& p, const ForwardResults& results, const Runtime& runtime)
@@ -108,6 +108,7 @@ class AttentionForward {
         lay_out(measure);
         Arena arena(runtime_.scratch(measure.used()));
         const Scratch s = lay_out(arena);
+        [[maybe_unused]] const typename E::Session session;
         for (int64_t r = 0; r < units * block_q_; r++) s.references[r] = -INFINITE, store(s.sums + r * WIDTH, Floats{});
         Range all = {p_.len_k, 0};
         for (int64_t u = 0; u < units; u++) {
@@ -150,8 +151,8 @@ class AttentionForward {
             const int64_t n = smaller(BLOCK_K, end - j), width = round_up(n, PANEL), packed = j - first;
             const float* block_bias = bias ? bias + packed : nullptr;
             if (block_bias && all_excluded(block_bias, n)) continue;
-            E::multiply(s.scores, BLOCK_K, left, E::right_at(s.keys, p_.head_dim, 0, packed), p_.head_dim, q.count, n,
-                        p_.head_dim, false);
+            E::multiply_packed(s.scores, BLOCK_K, left, E::right_at(s.keys, p_.head_dim, 0, packed), p_.head_dim,
+                               q.count, n, p_.head_dim, false);
             if (plain_) {
                 if (rules.touches(q.first, q.count, j, width, block_bias))
                     rules.apply<true>(s.scores, BLOCK_K, q.first, q.count, j, width, block_bias);
@@ -160,8 +161,8 @@ class AttentionForward {
                 rules.apply<false>(s.scores, BLOCK_K, q.first, q.count, j, width, block_bias);
                 weigh<false>(s, u, rules, q, j, width, out);
             }
-            E::multiply(out, width_v_, E::left_of(s.weights, block_q_, BLOCK_K), E::right_at(s.values, depth, packed, 0),
-                        depth, q.count, p_.head_dim_v, n, s.started[u]);
+            E::multiply_packed(out, width_v_, E::left_of(s.weights, block_q_, BLOCK_K),
+                               E::right_at(s.values, depth, packed, 0), depth, q.count, p_.head_dim_v, n, s.started[u]);
             s.started[u] = true;
         }
     }
@@ -172,10 +173,11 @@ class AttentionForward {
         return true;
     }
 
-    // Scores to weights relative to the references. A reference only has to be near its row's largest score: weights may
-    // grow to 2^ROOM before it is raised and what has been summed is rescaled. Most blocks pass without.
+    // Scores to weights relative to the references. A reference only has to be near its row's largest score: weights
+    // may grow to 2^ROOM before it is raised and what has been summed is rescaled. Most blocks pass without.
     template <bool PLAIN>
-    void weigh(const Scratch& s, int64_t u, const ScoreRules& rules, Unit q, int64_t j, int64_t width, float* out) const {
+    void weigh(const Scratch& s, int64_t u, const ScoreRules& rules, Unit q, int64_t j, int64_t width,
+               float* out) const {
         float* references = s.references + u * block_q_;
         float* sums = s.sums + u * block_q_ * WIDTH;
         if (s.unset[u] > 0) raise<PLAIN>(s, u, q, width, out);
@@ -183,8 +185,10 @@ class AttentionForward {
                                            : exponentials<PLAIN, false>(s, rules, references, q, j, width);
         if (!fits) {
             raise<PLAIN>(s, u, q, width, out);
-            if (p_.has_dropout()) exponentials<PLAIN, true>(s, rules, references, q, j, width);
-            else exponentials<PLAIN, false>(s, rules, references, q, j, width);
+            if (p_.has_dropout())
+                exponentials<PLAIN, true>(s, rules, references, q, j, width);
+            else
+                exponentials<PLAIN, false>(s, rules, references, q, j, width);
         }
         for (int64_t r = 0; r < q.count * WIDTH; r += WIDTH) store(sums + r, load(sums + r) + load(s.block_sums + r));
     }
@@ -231,7 +235,8 @@ class AttentionForward {
             float* sums = s.sums + (u * block_q_ + r) * WIDTH;
             store(sums, load(sums) * ratio);
             if (!s.started[u]) continue;
-            for (int64_t e = 0; e < width_v_; e += WIDTH) store(out + r * width_v_ + e, load(out + r * width_v_ + e) * ratio);
+            for (int64_t e = 0; e < width_v_; e += WIDTH)
+                store(out + r * width_v_ + e, load(out + r * width_v_ + e) * ratio);
         }
     }
 
@@ -241,16 +246,20 @@ class AttentionForward {
         for (int64_t r = 0; r < q.count; r++) {
             const float total = sum(load(s.sums + (u * block_q_ + r) * WIDTH));
             const double reference = s.references[u * block_q_ + r] * (plain_ ? LN2 : 1.0);
-            double lse = total == 0.0f ? -INFINITE : (reference == -INFINITE ? 0.0 : reference) + __builtin_log(static_cast<double>(total));
+            double lse = total == 0.0f
+                             ? -INFINITE
+                             : (reference == -INFINITE ? 0.0 : reference) + __builtin_log(static_cast<double>(total));
             float factor = total == 0.0f ? 0.0f : 1.0f / total;
             if (sink != -INFINITE) {
-                const double most = lse > sink ? lse : sink, both = most + __builtin_log(__builtin_exp(lse - most) + __builtin_exp(sink - most));
+                const double most = lse > sink ? lse : sink,
+                             both = most + __builtin_log(__builtin_exp(lse - most) + __builtin_exp(sink - most));
                 factor *= static_cast<float>(__builtin_exp(lse - both));
                 lse = both;
             }
             const int64_t i = q.first + r, at_row = (b * p_.heads + q.head) * p_.len_q + i;
             results_.lse[at_row] = static_cast<float>(lse);
-            results_.lse_residual[at_row] = __builtin_isfinite(lse) ? static_cast<float>(lse - static_cast<float>(lse)) : 0.0f;
+            results_.lse_residual[at_row] =
+                __builtin_isfinite(lse) ? static_cast<float>(lse - static_cast<float>(lse)) : 0.0f;
             const bool none = total == 0.0f || !s.started[u];
             const float* out = s.out + (u * block_q_ + r) * width_v_;
             for (int64_t e = 0; e < p_.head_dim_v; e += WIDTH)

@@ -52,6 +52,7 @@ class AttentionWeights {
         lay_out(measure);
         Arena arena(runtime_.scratch(measure.used()));
         const Scratch s = lay_out(arena);
+        [[maybe_unused]] const typename E::Session session;
         const int64_t i = task % blocks_ * BLOCK_Q, m = smaller(BLOCK_Q, p_.len_q - i), matrix = task / blocks_;
         const int64_t heads = results_.average_heads ? p_.heads : 1;
         const int64_t b = results_.average_heads ? matrix : matrix / p_.heads;
@@ -61,8 +62,10 @@ class AttentionWeights {
             const int64_t n = smaller(BLOCK_K, p_.len_k - j);
             for (int64_t r = 0; r < m * BLOCK_K; r += WIDTH) store(s.mean + r, Floats{});
             for (int64_t h = first; h < first + heads; h++) {
-                if (plain_) add_head<true>(s, b, h, i, m, j, n);
-                else add_head<false>(s, b, h, i, m, j, n);
+                if (plain_)
+                    add_head<true>(s, b, h, i, m, j, n);
+                else
+                    add_head<false>(s, b, h, i, m, j, n);
             }
             const float share = p_.keep_scale / static_cast<float>(heads);
             for (int64_t r = 0; r < m; r++)
@@ -83,7 +86,7 @@ class AttentionWeights {
         const auto* keys = static_cast<const Scalar*>(p_.key.data) + b * p_.key.batch + head_kv * p_.key.head;
         const auto left = E::left(query + i * p_.query.row, p_.query.row, m, p_.head_dim, s.query);
         E::pack_right_transposed(s.keys, keys + j * p_.key.row, p_.key.row, n, p_.head_dim, bias);
-        E::multiply(s.scores, BLOCK_K, left, s.keys, p_.head_dim, m, n, p_.head_dim, false);
+        E::multiply_packed(s.scores, BLOCK_K, left, s.keys, p_.head_dim, m, n, p_.head_dim, false);
         if (!PLAIN || rules.touches(i, m, j, width, bias)) rules.apply<PLAIN>(s.scores, BLOCK_K, i, m, j, width, bias);
         const float factor = static_cast<float>(p_.scale) * LOG2E;
         for (int64_t r = 0; r < m; r++) {

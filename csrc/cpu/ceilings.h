@@ -2,7 +2,7 @@
 #pragma once
 
 #include "problem.h"
-#include "simd/vector.h"
+#include "simd/tiles.h"
 
 namespace fusedformer::FF_LEVEL {
 
@@ -35,40 +35,28 @@ inline double read_all(const float* data, int64_t bytes, int64_t rounds) {
     return static_cast<double>(count) * sizeof(float) * static_cast<double>(rounds);
 }
 
-#ifdef FF_AMX  // defined by levels/amx.cpp
+#if defined(FF_AMX) && !defined(FF_EMULATE_TILES)
+#define FF_MEASURES_TILES
 
 // bfloat16 products of tiles: two by two of them from the first cache, as a matrix product would; returns how many
 // multiplications and additions.
 inline double multiply_tiles(const void* data, int64_t rounds) {
-    struct alignas(64) Tiles {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static constexpr Tiles tiles;  // in memory as a whole: the intrinsics tell the compiler of its first bytes alone
-    Tiles before;
-    _tile_storeconfig(&before);
-    asm volatile("" : "+m"(before));
-    _tile_loadconfig(&tiles);
+    const TileSession session;
     const auto* operands = static_cast<const char*>(data);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    FF_TILE_ZERO(0);
+    FF_TILE_ZERO(1);
+    FF_TILE_ZERO(2);
+    FF_TILE_ZERO(3);
     for (int64_t round = 0; round < rounds; round++) {
-        _tile_loadd(4, operands, 64);
-        _tile_loadd(5, operands + 1024, 64);
-        _tile_loadd(6, operands + 2048, 64);
-        _tile_loadd(7, operands + 3072, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        FF_TILE_LOAD(4, operands, 64);
+        FF_TILE_LOAD(5, operands + 1024, 64);
+        FF_TILE_LOAD(6, operands + 2048, 64);
+        FF_TILE_LOAD(7, operands + 3072, 64);
+        FF_TILE_MULTIPLY(0, 4, 6);
+        FF_TILE_MULTIPLY(1, 4, 7);
+        FF_TILE_MULTIPLY(2, 5, 6);
+        FF_TILE_MULTIPLY(3, 5, 7);
     }
-    if (before.palette == 0)
-        _tile_release();
-    else
-        _tile_loadconfig(&before);
     return 4 * 2.0 * 16 * 16 * 32 * static_cast<double>(rounds);
 }
 
@@ -83,7 +71,7 @@ inline double measure_ceiling(Ceiling kind, const void* data, int64_t bytes, int
             return multiply_and_add(floats, rounds);
         case Ceiling::read:
             return read_all(floats, bytes, rounds);
-#ifdef FF_AMX
+#ifdef FF_MEASURES_TILES
         case Ceiling::amx:
             return multiply_tiles(data, rounds);
 #endif

@@ -6,6 +6,8 @@
 
 namespace fusedformer {
 
+constexpr int64_t MOST_PIECES = 64;  // bounds the memory of the pieces' results
+
 struct DecodeProblem : Problem {
     const int64_t* lengths = nullptr;  // (B,), the keys in use; the queries stand at their end. Null: len_k of Problem
     int64_t appended = 0;              // to be added to each length
@@ -17,7 +19,7 @@ struct DecodeProblem : Problem {
 
     // The keys are split into as many pieces, each of piece_keys, so that all threads work on one sequence. A function
     // of the number of keys alone: neither the threads nor the batch change a result's bits.
-    int64_t pieces = 1, piece_keys = 0;
+    int64_t pieces = 1, piece_keys = 0;  // at most MOST_PIECES
 };
 
 struct DecodeResults {

@@ -12,6 +12,7 @@ template <class S>
 struct FmaEngine {
     using Scalar = S;
     using Packed = float;  // an element of a packed operand
+    struct Session {};     // what a thread holds while it multiplies
 
     static constexpr int PANEL = 2 * WIDTH;
     static constexpr int ROWS = WIDTH == 16 ? 12 : 6;  // times two vectors: accumulators that fill the registers
@@ -107,6 +108,8 @@ struct FmaEngine {
         store(at, x), store(at + PANEL, below);
     }
 
+    static void clear_right(Packed*, int64_t, int64_t, int64_t) {}  // no row is read but those that were put
+
     // ---- the product
 
     static void multiply(float* c, int64_t stride, Left a, const Packed* b, int64_t depth, int64_t m, int64_t n,
@@ -119,13 +122,20 @@ struct FmaEngine {
         }
     }
 
+    static void multiply_packed(float* c, int64_t stride, Left a, const Packed* b, int64_t depth, int64_t m, int64_t n,
+                                int64_t k, bool accumulate) {
+        multiply(c, stride, a, b, depth, m, n, k, accumulate);
+    }
+
   private:
     template <int M>
     static void rest(int64_t m, float* c, int64_t stride, Left a, int64_t i, const Packed* panel, int64_t k,
                      bool accumulate) {
         if constexpr (M > 0) {
-            if (m == M) block<M>(c, stride, a, i, panel, k, accumulate);
-            else rest<M - 1>(m, c, stride, a, i, panel, k, accumulate);
+            if (m == M)
+                block<M>(c, stride, a, i, panel, k, accumulate);
+            else
+                rest<M - 1>(m, c, stride, a, i, panel, k, accumulate);
         }
     }
 

@@ -7,31 +7,67 @@
 #include "ceilings.h"
 #include "fma_engine.h"
 #include "problem.h"
+#ifdef FF_AMX
+#include "amx_engine.h"
+#include "range.h"
+#endif
 
 namespace fusedformer::FF_LEVEL {
+
+#ifdef FF_AMX
+
+template <class S>
+using Engine = AmxEngine<S>;
+
+// Whether the engine computes what is in these tensors; else float32 is multiplied as such.
+inline bool takes(const Problem& p, const Rows* grad_out, const Runtime& runtime) {
+    if (p.type != Type::float32) return true;
+    auto exact = [&](const Rows& x, int64_t heads, int64_t rows, int64_t columns) {
+        return PartsAreExact::of(x, p.batch, heads, rows, columns, runtime);
+    };
+    return exact(p.query, p.heads, p.len_q, p.head_dim) && exact(p.key, p.heads_kv, p.len_k, p.head_dim) &&
+           exact(p.value, p.heads_kv, p.len_k, p.head_dim_v) &&
+           (!grad_out || exact(*grad_out, p.heads, p.len_q, p.head_dim_v));
+}
+
+#else
 
 template <class S>
 using Engine = FmaEngine<S>;
 
+inline bool takes(const Problem&, const Rows*, const Runtime&) { return true; }
+
+#endif
+
 template <template <class> class Kernel, class... Arguments>
-void by_type(const Problem& p, const Arguments&... arguments) {
+void run(const Problem& p, bool taken, const Arguments&... arguments) {
     switch (p.type) {
-        case Type::float16: return Kernel<Engine<Float16>>::run(p, arguments...);
-        case Type::bfloat16: return Kernel<Engine<BFloat16>>::run(p, arguments...);
-        default: return Kernel<Engine<float>>::run(p, arguments...);
+        case Type::float16:
+            return Kernel<Engine<Float16>>::run(p, arguments...);
+        case Type::bfloat16:
+            return Kernel<Engine<BFloat16>>::run(p, arguments...);
+        default:
+            return taken ? Kernel<Engine<float>>::run(p, arguments...) : Kernel<FmaEngine<float>>::run(p, arguments...);
     }
+}
+
+inline void forward(const Problem& p, const ForwardResults& results, const Runtime& runtime) {
+    run<AttentionForward>(p, takes(p, nullptr, runtime), results, runtime);
+}
+
+inline void backward(const Problem& p, const BackwardInputs& inputs, const BackwardResults& results,
+                     const Runtime& runtime) {
+    run<AttentionBackward>(p, takes(p, &inputs.grad_out, runtime), inputs, results, runtime);
+}
+
+inline void weights(const Problem& p, const WeightsResults& results, const Runtime& runtime) {
+    run<AttentionWeights>(p, takes(p, nullptr, runtime), results, runtime);
 }
 
 #define FF_STRING(name) #name
 #define FF_NAME(level) FF_STRING(level)
 
 extern const Kernels kernels;
-const Kernels kernels = {
-    FF_NAME(FF_LEVEL),
-    by_type<AttentionForward, ForwardResults, Runtime>,
-    by_type<AttentionBackward, BackwardInputs, BackwardResults, Runtime>,
-    by_type<AttentionWeights, WeightsResults, Runtime>,
-    measure_ceiling,
-};
+const Kernels kernels = {FF_NAME(FF_LEVEL), forward, backward, weights, measure_ceiling};
 
 }  // namespace fusedformer::FF_LEVEL

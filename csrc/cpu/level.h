@@ -9,12 +9,12 @@
 namespace fusedformer {
 
 struct Level {
-  const Kernels* kernels;
-  std::string refusal;  // why this machine cannot run it; empty where it can
+    const Kernels* kernels;
+    std::string refusal;  // why this machine cannot run it; empty where it can
 };
 
-const std::vector<Level>& levels();                 // best first; "portable", the last, always runs
-const Kernels& chosen_kernels();                    // the level asked for, or the first without a refusal
-void choose_level(const std::string& name);         // "" chooses the best again; throws where refused or unknown
+const std::vector<Level>& levels();          // best first; "portable", the last, always runs
+const Kernels& chosen_kernels();             // the level asked for, or the first without a refusal
+void choose_level(const std::string& name);  // "" chooses the best again; throws where refused or unknown
 
 }  // namespace fusedformer

@@ -10,66 +10,66 @@ namespace fusedformer {
 enum class Type : int32_t { none, boolean, float32, float16, bfloat16, float64 };
 
 struct Rows {  // (B, H, rows, columns), unit stride in the columns
-  void* data = nullptr;
-  int64_t batch = 0, head = 0, row = 0;
+    void* data = nullptr;
+    int64_t batch = 0, head = 0, row = 0;
 };
 
 struct Mask {  // (B, H, L, S); a stride of 0 where it is broadcast
-  Type type = Type::none;
-  void* data = nullptr;
-  int64_t batch = 0, head = 0, query = 0, key = 0;
+    Type type = Type::none;
+    void* data = nullptr;
+    int64_t batch = 0, head = 0, query = 0, key = 0;
 };
 
 struct Problem {
-  int64_t batch, heads, heads_kv, len_q, len_k, head_dim, head_dim_v;
-  Type type;  // of query, key, value and what is computed from them
-  Rows query, key, value;
-  Mask attn_mask, key_mask, sinks;                             // key_mask: query stride 0; sinks: only batch and head
-  const float* alibi_slopes = nullptr;                         // (B, H)
-  int64_t alibi_batch = 0, alibi_head = 0;
-  double scale;
-  int64_t position_offset, window_left, window_right;          // sizes of -1 leave a side open
-  double softcap;
-  uint32_t seed[2] = {0, 0};
-  uint32_t dropout_threshold = 0;                              // 16-bit lanes below it are dropped
-  float keep_scale = 1.0f;
+    int64_t batch, heads, heads_kv, len_q, len_k, head_dim, head_dim_v;
+    Type type;  // of query, key, value and what is computed from them
+    Rows query, key, value;
+    Mask attn_mask, key_mask, sinks;      // key_mask: query stride 0; sinks: only batch and head
+    const float* alibi_slopes = nullptr;  // (B, H)
+    int64_t alibi_batch = 0, alibi_head = 0;
+    double scale;
+    int64_t position_offset, window_left, window_right;  // sizes of -1 leave a side open
+    double softcap;
+    uint32_t seed[2] = {0, 0};
+    uint32_t dropout_threshold = 0;  // 16-bit lanes below it are dropped
+    float keep_scale = 1.0f;
 
-  int64_t group() const { return heads / heads_kv; }
-  bool has_dropout() const { return dropout_threshold > 0; }
+    int64_t group() const { return heads / heads_kv; }
+    bool has_dropout() const { return dropout_threshold > 0; }
 };
 
 constexpr int64_t BACKWARD_CHUNK = 512;  // keys whose gradients a thread keeps at a time
 
 struct ForwardResults {
-  Rows out;
-  float *lse, *lse_residual;  // (B, H, L), contiguous
+    Rows out;
+    float *lse, *lse_residual;  // (B, H, L), contiguous
 };
 
 struct BackwardInputs {
-  Rows grad_out, out;
-  const float *grad_lse, *lse, *lse_residual;  // (B, H, L), contiguous; grad_lse may be null
+    Rows grad_out, out;
+    const float *grad_lse, *lse, *lse_residual;  // (B, H, L), contiguous; grad_lse may be null
 };
 
-struct BackwardResults {       // null data where not wanted
-  Rows grad_query, grad_key, grad_value;
-  Mask grad_attn_mask;         // in the shape and type of attn_mask, strides 0 where it is broadcast
-  Mask grad_key_mask;          // (B, H, S)
-  float* delta;                // (B, H, L): rowsum(out * grad_out) - grad_lse
-  float* partial_grad_query;   // (groups, B, H, L, E) float32, see attention_backward.h; null when groups is 1
-  int64_t groups;
+struct BackwardResults {  // null data where not wanted
+    Rows grad_query, grad_key, grad_value;
+    Mask grad_attn_mask;        // in the shape and type of attn_mask, strides 0 where it is broadcast
+    Mask grad_key_mask;         // (B, H, S)
+    float* delta;               // (B, H, L): rowsum(out * grad_out) - grad_lse
+    float* partial_grad_query;  // (groups, B, H, L, E) float32, see attention_backward.h; null when groups is 1
+    int64_t groups;
 };
 
 struct WeightsResults {
-  const float* lse;            // (B, H, L), contiguous
-  void* weights;               // (B, L, S) averaged over heads, or (B, H, L, S); contiguous
-  bool average_heads;
+    const float* lse;  // (B, H, L), contiguous
+    void* weights;     // (B, L, S) averaged over heads, or (B, H, L, S); contiguous
+    bool average_heads;
 };
 
 // Threads and scratch memory, which come from torch; the kernels know nothing of it.
 struct Runtime {
-  int threads;
-  void (*parallel)(int64_t tasks, void (*body)(int64_t task, void* context), void* context);
-  void* (*scratch)(size_t bytes);  // the calling thread's, kept between calls; holds nothing to rely on
+    int threads;
+    void (*parallel)(int64_t tasks, void (*body)(int64_t task, void* context), void* context);
+    void* (*scratch)(size_t bytes);  // the calling thread's, kept between calls; holds nothing to rely on
 };
 
 // What the benchmark holds the kernels against; see ceilings.h.
@@ -80,12 +80,12 @@ struct DecodeResults;
 
 // The kernels of one instruction set level.
 struct Kernels {
-  const char* level;
-  void (*forward)(const Problem&, const ForwardResults&, const Runtime&);
-  void (*backward)(const Problem&, const BackwardInputs&, const BackwardResults&, const Runtime&);
-  void (*weights)(const Problem&, const WeightsResults&, const Runtime&);
-  double (*ceiling)(Ceiling, const void* data, int64_t bytes, int64_t rounds);  // see ceilings.h
-  void (*decode)(const DecodeProblem&, const DecodeResults&, const Runtime&);
+    const char* level;
+    void (*forward)(const Problem&, const ForwardResults&, const Runtime&);
+    void (*backward)(const Problem&, const BackwardInputs&, const BackwardResults&, const Runtime&);
+    void (*weights)(const Problem&, const WeightsResults&, const Runtime&);
+    double (*ceiling)(Ceiling, const void* data, int64_t bytes, int64_t rounds);  // see ceilings.h
+    void (*decode)(const DecodeProblem&, const DecodeResults&, const Runtime&);
 };
 
 }  // namespace fusedformer

@@ -31,33 +31,44 @@ template <class T>
 FF_INLINE Floats strided_terms(const T* row, int64_t stride, int64_t j, int64_t count) {
     if (stride == 1) return load_some(row + j, count);
     Floats terms = {};
-    for (int64_t lane = 0; lane < smaller<int64_t>(count, WIDTH); lane++) terms[lane] = load_one(row + (j + lane) * stride);
+    for (int64_t lane = 0; lane < smaller<int64_t>(count, WIDTH); lane++)
+        terms[lane] = load_one(row + (j + lane) * stride);
     return terms;
 }
 
 inline Floats mask_terms(Type type, const void* row, int64_t stride, int64_t j, int64_t count) {
     switch (type) {
-        case Type::float32: return strided_terms(static_cast<const float*>(row), stride, j, count);
-        case Type::float16: return strided_terms(static_cast<const Float16*>(row), stride, j, count);
-        case Type::bfloat16: return strided_terms(static_cast<const BFloat16*>(row), stride, j, count);
-        default: break;
+        case Type::float32:
+            return strided_terms(static_cast<const float*>(row), stride, j, count);
+        case Type::float16:
+            return strided_terms(static_cast<const Float16*>(row), stride, j, count);
+        case Type::bfloat16:
+            return strided_terms(static_cast<const BFloat16*>(row), stride, j, count);
+        default:
+            break;
     }
     Floats terms = {};
     for (int64_t lane = 0; lane < smaller<int64_t>(count, WIDTH); lane++) {
         const int64_t at = (j + lane) * stride;
-        if (type == Type::boolean) terms[lane] = static_cast<const uint8_t*>(row)[at] ? 0.0f : -INFINITE;
-        else terms[lane] = static_cast<float>(static_cast<const double*>(row)[at]);
+        if (type == Type::boolean)
+            terms[lane] = static_cast<const uint8_t*>(row)[at] ? 0.0f : -INFINITE;
+        else
+            terms[lane] = static_cast<float>(static_cast<const double*>(row)[at]);
     }
     return terms;
 }
 
 inline int64_t size_of(Type type) {
     switch (type) {
-        case Type::boolean: return 1;
+        case Type::boolean:
+            return 1;
         case Type::float16:
-        case Type::bfloat16: return 2;
-        case Type::float64: return 8;
-        default: return 4;
+        case Type::bfloat16:
+            return 2;
+        case Type::float64:
+            return 8;
+        default:
+            return 4;
     }
 }
 
@@ -65,14 +76,16 @@ inline const void* mask_row(const Mask& mask, int64_t b, int64_t h, int64_t i) {
     return static_cast<const char*>(mask.data) + (b * mask.batch + h * mask.head + i * mask.query) * size_of(mask.type);
 }
 
-inline float mask_term(const Mask& mask, int64_t b, int64_t h) { return mask_terms(mask.type, mask_row(mask, b, h, 0), 1, 0, 1)[0]; }
+inline float mask_term(const Mask& mask, int64_t b, int64_t h) {
+    return mask_terms(mask.type, mask_row(mask, b, h, 0), 1, 0, 1)[0];
+}
 
 FF_INLINE Floats add_terms(Floats scores, Floats terms) {  // an excluded score is -infinity even where it overflowed
     return select(terms == -INFINITE, terms, scores + terms);
 }
 
-// One head's rules. `exponent` turns a finished score into the power of two that its weight is, relative to a reference.
-// Where scores need nothing but a positive scale they stay products, and the scale goes into that one step.
+// One head's rules. `exponent` turns a finished score into the power of two that its weight is, relative to a
+// reference. Where scores need nothing but a positive scale they stay products, and the scale goes into that one step.
 struct ScoreRules {
     const Problem& p;
     int64_t b, h;
@@ -111,7 +124,8 @@ struct ScoreRules {
         const Mask& mask = p.attn_mask;
         for (int64_t row = i; row < i + m; row++, scores += stride) {
             const Range seen = visible_keys(p, row, row);
-            const int64_t begin = smaller(larger<int64_t>(seen.begin - j, 0), n), end = larger<int64_t>(seen.end - j, begin);
+            const int64_t begin = smaller(larger<int64_t>(seen.begin - j, 0), n),
+                          end = larger<int64_t>(seen.end - j, begin);
             const void* terms = mask.data ? mask_row(mask, b, h, row) : nullptr;
             const float distance = static_cast<float>(j - row - p.position_offset);
             for (int64_t k = 0; k < n; k += WIDTH) {
@@ -120,7 +134,8 @@ struct ScoreRules {
                     x = x * scale;
                     if (cap > 0.0f) x = cap * tanh(x / cap);
                     if (slope != 0.0f) {
-                        const Floats away = __builtin_convertvector(lane_numbers(), Floats) + (distance + static_cast<float>(k));
+                        const Floats away =
+                            __builtin_convertvector(lane_numbers(), Floats) + (distance + static_cast<float>(k));
                         x = x - slope * from_bits(bits_of(away) & INT32_MAX);
                     }
                 }
@@ -128,7 +143,8 @@ struct ScoreRules {
                 if (bias) x = add_terms(x, load(bias + k));
                 if (k < begin || k + WIDTH > end) {
                     const Ints lane = lane_numbers() + static_cast<int32_t>(k);
-                    const Ints inside = (lane >= static_cast<int32_t>(begin)) & (lane < static_cast<int32_t>(smaller(end, n)));
+                    const Ints inside =
+                        (lane >= static_cast<int32_t>(begin)) & (lane < static_cast<int32_t>(smaller(end, n)));
                     x = select(inside, x, broadcast(-INFINITE));
                 }
                 store(scores + k, x);

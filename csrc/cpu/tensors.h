@@ -16,12 +16,18 @@ using MaybeTensor = std::optional<Tensor>;
 inline Type type_of(const Tensor& x) {
     using torch::headeronly::ScalarType;
     switch (x.scalar_type()) {
-        case ScalarType::Bool: return Type::boolean;
-        case ScalarType::Float: return Type::float32;
-        case ScalarType::Half: return Type::float16;
-        case ScalarType::BFloat16: return Type::bfloat16;
-        case ScalarType::Double: return Type::float64;
-        default: throw std::invalid_argument("a tensor's dtype is none that the kernels read");
+        case ScalarType::Bool:
+            return Type::boolean;
+        case ScalarType::Float:
+            return Type::float32;
+        case ScalarType::Half:
+            return Type::float16;
+        case ScalarType::BFloat16:
+            return Type::bfloat16;
+        case ScalarType::Double:
+            return Type::float64;
+        default:
+            throw std::invalid_argument("a tensor's dtype is none that the kernels read");
     }
 }
 

@@ -1,4 +1,6 @@
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define FF_LEVEL amx
 #define FF_WIDTH 16
+#define FF_AVX512
+#define FF_AMX
 #include "../kernels.h"

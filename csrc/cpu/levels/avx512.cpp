@@ -1,4 +1,5 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define FF_LEVEL avx512
 #define FF_WIDTH 16
+#define FF_AVX512
 #include "../kernels.h"

@@ -6,8 +6,8 @@
 
 namespace fusedformer::FF_LEVEL {
 
-// The 16-bit lanes of columns [first, first + count) of one row of one matrix, eight columns for each call; `first` is a
-// multiple of 8, and `lanes` has room for whole batches of 64.
+// The 16-bit lanes of columns [first, first + count) of one row of one matrix, eight columns for each call; `first` is
+// a multiple of 8, and `lanes` has room for whole batches of 64.
 inline void philox_lanes(uint16_t* lanes, const uint32_t seed[2], int64_t first, int64_t count, uint32_t row,
                          uint32_t matrix, uint32_t stream) {
     constexpr int CALLS = 8;
