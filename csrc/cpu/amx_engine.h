@@ -51,8 +51,8 @@ struct AmxEngine {
         const int64_t rows = round_up(m, TILE_ROWS), width = round_up(k, DEPTH);
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < width; j += WIDTH)
-                split(buffer + i * width + j, rows * width,
-                      i < m ? load_some(source + i * stride + j, k - j) : Floats{});
+                split<false>(buffer + i * width + j, rows * width,
+                             i < m ? load_some(source + i * stride + j, k - j) : Floats{});
         return {buffer, width, rows * width};
     }
 
@@ -65,7 +65,8 @@ struct AmxEngine {
                 for (int lane = 0; lane < WIDTH; lane++)
                     square[lane] = j + lane < m ? load_some(source + (j + lane) * stride + i, k - i) : Floats{};
                 transpose(square);
-                for (int row = 0; row < WIDTH; row++) split(buffer + (i + row) * width + j, rows * width, square[row]);
+                for (int row = 0; row < WIDTH; row++)
+                    split<false>(buffer + (i + row) * width + j, rows * width, square[row]);
             }
         }
         return {buffer, width, rows * width};
@@ -77,32 +78,39 @@ struct AmxEngine {
 
     static void pack_right(Packed* to, int64_t depth, const Scalar* source, int64_t stride, int64_t k, int64_t n,
                            const float* bias = nullptr) {
-        for (int64_t j = 0; j < n; j += WIDTH) {
-            for (int64_t i = 0; i < depth; i += 2) {
-                auto row = [&](int64_t at) {
-                    const bool used = at < k && !(bias && bias[at] == -INFINITE);
-                    return used ? load_some(source + at * stride + j, n - j) : Floats{};
-                };
-                put_right(to, depth, i, j, row(i), row(i + 1));
-            }
-        }
-        if (n % PANEL != 0 && n % PANEL <= WIDTH)  // the panel's other half
+        for (int64_t j = 0; j < round_up(n, PANEL); j += WIDTH) {
+            auto row = [&](int64_t at) {
+                const bool used = at < k && !(bias && bias[at] == -INFINITE);
+                return used ? load_some(source + at * stride + j, n - j) : Floats{};
+            };
             for (int64_t i = 0; i < depth; i += 2)
-                put_right(to, depth, i, round_down(n, PANEL) + WIDTH, Floats{}, Floats{});
+                pair_rows<false>(right_row(to, depth, i, j), depth, row(i), row(i + 1));
+        }
     }
 
     static void pack_right_transposed(Packed* to, const Scalar* source, int64_t stride, int64_t n, int64_t k,
                                       const float* bias = nullptr) {
+        constexpr int STEP = PARTS == 1 ? 2 * WIDTH : WIDTH;  // a row's pairs of bfloat16 move as words
         const int64_t depth = round_up(k, DEPTH);
         for (int64_t j = 0; j < round_up(n, PANEL); j += WIDTH) {
-            for (int64_t i = 0; i < depth; i += WIDTH) {
+            for (int64_t i = 0; i < depth; i += STEP) {
                 Floats square[WIDTH];
                 for (int lane = 0; lane < WIDTH; lane++) {
                     const bool used = j + lane < n && !(bias && bias[j + lane] == -INFINITE);
-                    square[lane] = used ? load_some(source + (j + lane) * stride + i, k - i) : Floats{};
+                    const Scalar* from = source + (j + lane) * stride + i;
+                    if constexpr (PARTS == 1)
+                        square[lane] = used ? load_pairs(from, k - i) : Floats{};
+                    else
+                        square[lane] = used ? load_some(from, k - i) : Floats{};
                 }
                 transpose(square);
-                for (int row = 0; row < WIDTH; row += 2) put_right(to, depth, i + row, j, square[row], square[row + 1]);
+                if constexpr (PARTS == 1) {
+                    for (int row = 0; row < WIDTH; row++)
+                        __builtin_memcpy(right_row(to, depth, i + 2 * row, j), &square[row], sizeof square[row]);
+                } else {
+                    for (int row = 0; row < WIDTH; row += 2)
+                        pair_rows<false>(right_row(to, depth, i + row, j), depth, square[row], square[row + 1]);
+                }
             }
         }
     }
@@ -116,19 +124,13 @@ struct AmxEngine {
     static int64_t tile_size(int64_t m, int64_t k) { return PARTS * round_up(m, DEPTH) * round_up(k, DEPTH); }
 
     static FF_INLINE void put_left(Packed* to, int64_t m, int64_t width, int64_t i, int64_t j, Floats x) {
-        split(to + i * width + j, m * width, x);
+        split<true>(to + i * width + j, m * width, x);
     }
 
     static Left left_of(const Packed* a, int64_t m, int64_t width) { return {a, width, m * width}; }
 
     static FF_INLINE void put_right(Packed* to, int64_t depth, int64_t i, int64_t j, Floats x, Floats below) {
-        Packed* at = to + round_down(j, PANEL) * depth * PARTS + i * PANEL + j % PANEL * 2;
-#pragma GCC unroll 3
-        for (int part = 0; part < PARTS; part++) {
-            const Words low = part_bits(part, x), high = part_bits(part, below);
-            const Words pairs = low >> 16 | (high & 0xffff0000u);
-            __builtin_memcpy(at + part * depth * PANEL, &pairs, sizeof pairs);
-        }
+        pair_rows<true>(right_row(to, depth, i, j), depth, x, below);
     }
 
     // Rows from `rows` to `depth` become 0: a tile is multiplied whole.
@@ -151,10 +153,35 @@ struct AmxEngine {
     }
 
   private:
-    // The upper half of each lane holds the part; x becomes what is left of it. All parts but the last are cut off, so
-    // that none overflows and the rest is exact; the last is rounded.
+    static FF_INLINE Packed* right_row(Packed* to, int64_t depth, int64_t i, int64_t j) {  // i even
+        return to + round_down(j, PANEL) * depth * PARTS + i * PANEL + j % PANEL * 2;
+    }
+
+    template <bool ROUND>
+    static FF_INLINE void pair_rows(Packed* to, int64_t depth, Floats x, Floats below) {
+#pragma GCC unroll 3
+        for (int part = 0; part < PARTS; part++) {
+            const Words low = part_bits<ROUND>(part, x), high = part_bits<ROUND>(part, below);
+            const Words pairs = low >> 16 | (high & 0xffff0000u);
+            __builtin_memcpy(to + part * depth * PANEL, &pairs, sizeof pairs);
+        }
+    }
+
+    // 2 * WIDTH numbers, zeros from `count` on.
+    static FF_INLINE Floats load_pairs(const Scalar* from, int64_t count) {
+        Floats pairs = {};
+        if (count >= 2 * WIDTH)
+            __builtin_memcpy(&pairs, from, sizeof pairs);
+        else
+            __builtin_memcpy(&pairs, from, larger<int64_t>(count, 0) * sizeof(Scalar));
+        return pairs;
+    }
+
+    // The upper half of each lane holds the part; x becomes what is left of it. Parts are cut off, so that none overflows
+    // and the rest is exact. A Scalar has nothing left after its last part; what is computed is rounded there.
+    template <bool ROUND>
     static FF_INLINE Words part_bits(int part, Floats& x) {
-        if (part == PARTS - 1) return rounded(x);
+        if (ROUND && part == PARTS - 1) return rounded(x);
         const Words high = reinterpret_cast<Words>(x) & 0xffff0000u;
         x -= reinterpret_cast<Floats>(high);
         return high;
@@ -166,10 +193,11 @@ struct AmxEngine {
         return (is_nan & (bits | 0x400000u)) | (~is_nan & (bits + 0x7fff + ((bits >> 16) & 1)));
     }
 
+    template <bool ROUND>
     static FF_INLINE void split(Packed* to, int64_t part_stride, Floats x) {
 #pragma GCC unroll 3
         for (int part = 0; part < PARTS; part++) {
-            const Halves h = __builtin_convertvector(part_bits(part, x) >> 16, Halves);
+            const Halves h = __builtin_convertvector(part_bits<ROUND>(part, x) >> 16, Halves);
             __builtin_memcpy(to + part * part_stride, &h, sizeof h);
         }
     }

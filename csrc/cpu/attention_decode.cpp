@@ -1,5 +1,5 @@
 // Decoding as torch sees it: appends to the cache, then runs the chosen level's kernel. The checks are those of its
-// only caller, kernels/attention/native_decode.py.
+// only caller, kernels/attention/kvcache_op.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

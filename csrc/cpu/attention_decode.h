@@ -41,7 +41,9 @@ FF_INLINE void chunk_elements<BFloat16>(Ints& low, Ints& high) {
 
 // Used more than once: read once, not once for each use.
 FF_INLINE Floats in_register(Floats x) {
+#if defined(FF_AVX512) || FF_WIDTH <= 8  // elsewhere a vector fills several registers
     asm("" : "+v"(x));
+#endif
     return x;
 }
 

@@ -2,7 +2,9 @@
 // with an online softmax as in FlashAttention, Dao et al., 2022).
 //
 // A task is a chunk of the query blocks of the heads that share keys and values. It walks over the keys by super-blocks
-// that fit the second-level cache: packed once, used by all of its query blocks.
+// that fit the second-level cache: packed once, used by all of its query blocks. Where that makes fewer tasks than
+// threads, the keys are split too: tasks leave their rows relative to a reference, and a second pass joins them in
+// order.
 #pragma once
 
 #include "arena.h"
@@ -15,19 +17,28 @@ class AttentionForward {
     using Scalar = typename E::Scalar;
     using Packed = typename E::Packed;
     static constexpr int64_t PANEL = E::PANEL, BLOCK_K = E::BLOCK_K;
+    static constexpr int64_t LEAST_KEYS = 512;  // in a piece: fewer cost more to join than they give to another thread
 
   public:
     static void run(const Problem& p, const ForwardResults& results, const Runtime& runtime) {
-        const AttentionForward forward(p, results, runtime);
+        AttentionForward forward(p, results, runtime);
+        if (forward.pieces_ > 1) forward.partial_ = static_cast<float*>(runtime.workspace(forward.workspace_bytes()));
         auto body = [](int64_t task, void* self) { static_cast<const AttentionForward*>(self)->compute(task); };
-        runtime.parallel(forward.tasks_, body, const_cast<AttentionForward*>(&forward));
+        runtime.parallel(forward.tasks_ * forward.pieces_, body, const_cast<AttentionForward*>(&forward));
+        if (forward.pieces_ == 1) return;
+        auto join = [](int64_t task, void* self) { static_cast<const AttentionForward*>(self)->join(task); };
+        runtime.parallel(p.batch * p.heads * forward.blocks_, join, const_cast<AttentionForward*>(&forward));
     }
 
-    static size_t scratch_bytes(const Problem& p, const Runtime& runtime) {
-        const AttentionForward forward(p, {}, runtime);
+    // Beyond the results: each thread's, and what they share.
+    static int64_t memory(const Problem& p, const Runtime& runtime) {
+        const ForwardResults none{};
+        const AttentionForward forward(p, none, runtime);
         Arena arena;
         forward.lay_out(arena);
-        return arena.used();
+        const int64_t shared = forward.pieces_ > 1 ? forward.workspace_bytes() : 0;
+        return shared +
+               static_cast<int64_t>(arena.used()) * smaller<int64_t>(runtime.threads, forward.tasks_ * forward.pieces_);
     }
 
   private:
@@ -36,6 +47,8 @@ class AttentionForward {
     const Runtime& runtime_;
     bool plain_;
     int64_t block_q_, blocks_, heads_together_, units_per_task_, chunks_, tasks_, super_, width_v_;
+    int64_t pieces_, piece_keys_;  // of the keys
+    float* partial_ = nullptr;     // (pieces, B, H, L) rows of width_v + 2: out, then its sum and reference
 
     // What a task keeps. A unit is one block of queries of one head.
     struct Scratch {
@@ -67,6 +80,9 @@ class AttentionForward {
         const int64_t row_bytes = (p.head_dim + width_v_) * static_cast<int64_t>(sizeof(Packed)) * E::PARTS;
         const int64_t fitting = round_down(larger<int64_t>(E::CACHE / row_bytes, BLOCK_K), BLOCK_K);
         super_ = smaller(fitting, round_up(larger<int64_t>(p.len_k, 1), BLOCK_K));
+        const int64_t wanted = tasks_ == 0 ? 1 : (runtime.threads + tasks_ - 1) / tasks_;
+        pieces_ = larger<int64_t>(smaller(wanted, p.len_k / LEAST_KEYS), 1);
+        piece_keys_ = round_up((p.len_k + pieces_ - 1) / pieces_, BLOCK_K);
     }
 
     Scratch lay_out(Arena& arena) const {
@@ -97,7 +113,18 @@ class AttentionForward {
         return {set * heads_together_ + index / blocks_, first, smaller(block_q_, p_.len_q - first)};
     }
 
-    void compute(int64_t task) const {
+    int64_t row_size() const { return width_v_ + 2; }
+
+    int64_t workspace_bytes() const {
+        return pieces_ * p_.batch * p_.heads * p_.len_q * row_size() * static_cast<int64_t>(sizeof(float));
+    }
+
+    float* partial(int64_t piece, int64_t b, int64_t head, int64_t i) const {
+        return partial_ + (((piece * p_.batch + b) * p_.heads + head) * p_.len_q + i) * row_size();
+    }
+
+    void compute(int64_t index) const {
+        const int64_t task = index / pieces_, piece = index % pieces_;
         const int64_t sets = tasks_ / chunks_, sets_per_batch = sets / larger<int64_t>(p_.batch, 1);
         const int64_t chunk = chunks_ - 1 - task / sets, b = task % sets / sets_per_batch;  // causality: longest first
         const int64_t set = task % sets % sets_per_batch;
@@ -118,6 +145,8 @@ class AttentionForward {
             s.unset[u] = q.count, s.started[u] = false;
         }
 
+        all = {larger(all.begin, piece * piece_keys_), smaller(all.end, (piece + 1) * piece_keys_)};
+
         const int64_t head_kv = unit(set, first_unit).head / larger<int64_t>(p_.group(), 1);
         const Scalar* keys = at(p_.key, b, head_kv);
         const Scalar* values = at(p_.value, b, head_kv);
@@ -130,7 +159,7 @@ class AttentionForward {
             E::pack_right(s.values, depth, values + j * p_.value.row, p_.value.row, count, p_.head_dim_v, bias);
             for (int64_t u = 0; u < units; u++) attend(s, u, b, unit(set, first_unit + u), j, count, depth, bias);
         }
-        for (int64_t u = 0; u < units; u++) finish(s, u, b, unit(set, first_unit + u));
+        for (int64_t u = 0; u < units; u++) finish(s, u, piece, b, unit(set, first_unit + u));
     }
 
     static const Scalar* at(const Rows& x, int64_t b, int64_t h) {
@@ -240,32 +269,63 @@ class AttentionForward {
         }
     }
 
-    void finish(const Scratch& s, int64_t u, int64_t b, Unit q) const {
-        const double sink = p_.sinks.data ? mask_term(p_.sinks, b, q.head) : -INFINITE;
-        Scalar* to = const_cast<Scalar*>(at(results_.out, b, q.head));
+    void finish(const Scratch& s, int64_t u, int64_t piece, int64_t b, Unit q) const {
         for (int64_t r = 0; r < q.count; r++) {
-            const float total = sum(load(s.sums + (u * block_q_ + r) * WIDTH));
-            const double reference = s.references[u * block_q_ + r] * (plain_ ? LN2 : 1.0);
-            double lse = total == 0.0f
-                             ? -INFINITE
-                             : (reference == -INFINITE ? 0.0 : reference) + __builtin_log(static_cast<double>(total));
-            float factor = total == 0.0f ? 0.0f : 1.0f / total;
-            if (sink != -INFINITE) {
-                const double most = lse > sink ? lse : sink,
-                             both = most + __builtin_log(__builtin_exp(lse - most) + __builtin_exp(sink - most));
-                factor *= static_cast<float>(__builtin_exp(lse - both));
-                lse = both;
+            const int64_t row = u * block_q_ + r;
+            const float total = sum(load(s.sums + row * WIDTH));
+            const float* out = s.started[u] ? s.out + row * width_v_ : nullptr;
+            if (pieces_ == 1) {
+                finish_row(out, total, s.references[row], b, q.head, q.first + r);
+                continue;
             }
-            const int64_t i = q.first + r, at_row = (b * p_.heads + q.head) * p_.len_q + i;
-            results_.lse[at_row] = static_cast<float>(lse);
-            results_.lse_residual[at_row] =
-                __builtin_isfinite(lse) ? static_cast<float>(lse - static_cast<float>(lse)) : 0.0f;
-            const bool none = total == 0.0f || !s.started[u];
-            const float* out = s.out + (u * block_q_ + r) * width_v_;
-            for (int64_t e = 0; e < p_.head_dim_v; e += WIDTH)
-                store_some(to + i * results_.out.row + e, none ? Floats{} : load(out + e) * (factor * p_.keep_scale),
-                           p_.head_dim_v - e);
+            float* to = partial(piece, b, q.head, q.first + r);
+            for (int64_t e = 0; e < width_v_; e += WIDTH) store(to + e, out ? load(out + e) : Floats{});
+            to[width_v_] = total, to[width_v_ + 1] = s.references[row];
         }
+    }
+
+    void join(int64_t task) const {
+        const int64_t bh = task / blocks_, b = bh / p_.heads, head = bh % p_.heads, first = task % blocks_ * block_q_;
+        for (int64_t i = first; i < smaller(first + block_q_, p_.len_q); i++) {
+            float* joined = partial(0, b, head, i);
+            for (int64_t piece = 1; piece < pieces_; piece++) {
+                const float* next = partial(piece, b, head, i);
+                const float before = joined[width_v_ + 1], after = next[width_v_ + 1];
+                if (next[width_v_] == 0.0f) continue;  // it saw no key
+                const float most = larger(before, after), unit = plain_ ? 1.0f : LOG2E;
+                const float mine = joined[width_v_] == 0.0f ? 0.0f : exp2(broadcast((before - most) * unit))[0];
+                const float its = exp2(broadcast((after - most) * unit))[0];
+                for (int64_t e = 0; e < width_v_; e += WIDTH)
+                    store(joined + e, load(joined + e) * mine + load(next + e) * its);
+                joined[width_v_] = joined[width_v_] * mine + next[width_v_] * its;
+                joined[width_v_ + 1] = most;
+            }
+            finish_row(joined, joined[width_v_], joined[width_v_ + 1], b, head, i);
+        }
+    }
+
+    // `out`, null for zeros, and `total` are relative to the reference.
+    void finish_row(const float* out, float total, float reference, int64_t b, int64_t head, int64_t i) const {
+        const double sink = p_.sinks.data ? mask_term(p_.sinks, b, head) : -INFINITE;
+        double lse = -INFINITE;
+        float factor = 0.0f;
+        if (total != 0.0f) {  // some key took part
+            lse = (reference == -INFINITE ? 0.0 : reference * (plain_ ? LN2 : 1.0)) + __builtin_log(total);
+            factor = 1.0f / total;
+        }
+        if (sink != -INFINITE) {
+            const double most = lse > sink ? lse : sink;
+            const double both = most + __builtin_log(__builtin_exp(lse - most) + __builtin_exp(sink - most));
+            factor *= static_cast<float>(__builtin_exp(lse - both));
+            lse = both;
+        }
+        const int64_t row = (b * p_.heads + head) * p_.len_q + i;
+        results_.lse[row] = static_cast<float>(lse);
+        results_.lse_residual[row] = __builtin_isfinite(lse) ? static_cast<float>(lse - static_cast<float>(lse)) : 0.0f;
+        Scalar* to = const_cast<Scalar*>(at(results_.out, b, head)) + i * results_.out.row;
+        for (int64_t e = 0; e < p_.head_dim_v; e += WIDTH)
+            store_some(to + e, total != 0.0f && out ? load(out + e) * (factor * p_.keep_scale) : Floats{},
+                       p_.head_dim_v - e);
     }
 };
 

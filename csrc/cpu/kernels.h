@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_backward.h"
+#include "attention_decode.h"
 #include "attention_forward.h"
 #include "attention_weights.h"
 #include "ceilings.h"
@@ -68,6 +69,6 @@ inline void weights(const Problem& p, const WeightsResults& results, const Runti
 #define FF_NAME(level) FF_STRING(level)
 
 extern const Kernels kernels;
-const Kernels kernels = {FF_NAME(FF_LEVEL), forward, backward, weights, measure_ceiling};
+const Kernels kernels = {FF_NAME(FF_LEVEL), forward, backward, weights, measure_ceiling, decode_attention};
 
 }  // namespace fusedformer::FF_LEVEL

@@ -69,7 +69,8 @@ struct WeightsResults {
 struct Runtime {
     int threads;
     void (*parallel)(int64_t tasks, void (*body)(int64_t task, void* context), void* context);
-    void* (*scratch)(size_t bytes);  // the calling thread's, kept between calls; holds nothing to rely on
+    void* (*scratch)(size_t bytes);    // the calling thread's, kept between calls; holds nothing to rely on
+    void* (*workspace)(size_t bytes);  // likewise, for results that the threads of a call share: taken before they start
 };
 
 // What the benchmark holds the kernels against; see ceilings.h.

@@ -39,6 +39,11 @@ void* scratch(size_t bytes) {
     return buffer.at_least(bytes);
 }
 
+void* workspace(size_t bytes) {
+    thread_local Buffer buffer;
+    return buffer.at_least(bytes);
+}
+
 // Tasks differ in length (causality), so that each thread takes the next one when it is free. A task's result does not
 // depend on who runs it.
 void parallel(int64_t tasks, void (*body)(int64_t, void*), void* context) {
@@ -55,6 +60,6 @@ void parallel(int64_t tasks, void (*body)(int64_t, void*), void* context) {
 
 }  // namespace
 
-Runtime runtime() { return {static_cast<int>(torch::stable::get_num_threads()), parallel, scratch}; }
+Runtime runtime() { return {static_cast<int>(torch::stable::get_num_threads()), parallel, scratch, workspace}; }
 
 }  // namespace fusedformer
