@@ -177,27 +177,26 @@ struct AmxEngine {
         return pairs;
     }
 
-    // The upper half of each lane holds the part; x becomes what is left of it. Parts are cut off, so that none overflows
-    // and the rest is exact. A Scalar has nothing left after its last part; what is computed is rounded there.
+    // The upper half of each lane holds the part; x becomes what is left of it. Parts are cut off, so that none
+    // overflows and the rest is exact. A Scalar has nothing left after its last part; what is computed is rounded
+    // there.
     template <bool ROUND>
     static FF_INLINE Words part_bits(int part, Floats& x) {
-        if (ROUND && part == PARTS - 1) return rounded(x);
+        if (ROUND && part == PARTS - 1) return __builtin_convertvector(to_bfloat16(x), Words) << 16;
         const Words high = reinterpret_cast<Words>(x) & 0xffff0000u;
         x -= reinterpret_cast<Floats>(high);
         return high;
-    }
-
-    static FF_INLINE Words rounded(Floats x) {
-        const Words bits = reinterpret_cast<Words>(x);
-        const Words is_nan = reinterpret_cast<Words>(x != x);
-        return (is_nan & (bits | 0x400000u)) | (~is_nan & (bits + 0x7fff + ((bits >> 16) & 1)));
     }
 
     template <bool ROUND>
     static FF_INLINE void split(Packed* to, int64_t part_stride, Floats x) {
 #pragma GCC unroll 3
         for (int part = 0; part < PARTS; part++) {
-            const Halves h = __builtin_convertvector(part_bits<ROUND>(part, x) >> 16, Halves);
+            Halves h;
+            if (ROUND && part == PARTS - 1)
+                h = to_bfloat16(x);
+            else
+                h = __builtin_convertvector(part_bits<ROUND>(part, x) >> 16, Halves);
             __builtin_memcpy(to + part * part_stride, &h, sizeof h);
         }
     }
@@ -258,12 +257,11 @@ struct AmxEngine {
                 if constexpr (TILES == 2) FF_TILE_MULTIPLY(3, 5, 7);
             }
         }
+        // In the order in which the sums are finished.
         FF_TILE_STORE(0, c, stride * FLOAT);
+        if constexpr (TILES == 2) FF_TILE_STORE(2, below, stride * FLOAT);
         FF_TILE_STORE(1, c + TILE_ROWS, stride * FLOAT);
-        if constexpr (TILES == 2) {
-            FF_TILE_STORE(2, below, stride * FLOAT);
-            FF_TILE_STORE(3, below + TILE_ROWS, stride * FLOAT);
-        }
+        if constexpr (TILES == 2) FF_TILE_STORE(3, below + TILE_ROWS, stride * FLOAT);
     }
 };
 

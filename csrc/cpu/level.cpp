@@ -56,6 +56,7 @@ std::string amx_refusal() {
     constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX_BF16) == 0 || (d & AMX_TILE) == 0)
         return missing(false, "AMX-BF16");
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & bit_AVX512BF16) == 0) return missing(false, "AVX512-BF16");
     // Tile state is large, so Linux grants it to a process only on request.
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0)

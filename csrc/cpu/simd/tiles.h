@@ -18,6 +18,8 @@ inline thread_local TileRegisters tile_registers;
 
 struct TileSession {};
 
+FF_INLINE Halves to_bfloat16(Floats x) { return narrow(BFloat16{}, x); }
+
 inline void tile_load(int tile, const void* from, int64_t stride) {
     for (int row = 0; row < TILE_ROWS; row++)
         __builtin_memcpy(tile_registers.bytes[tile] + 64 * row, static_cast<const char*>(from) + row * stride, 64);
@@ -59,6 +61,13 @@ inline void tile_multiply(int c, int a, int b) {
 #define FF_TILE_MULTIPLY(c, a, b) tile_multiply(c, a, b)
 
 #else
+
+// Rounds to nearest; denormals become 0, as the tile unit would take them.
+FF_INLINE Halves to_bfloat16(Floats x) {
+    Halves h;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(x));
+    return h;
+}
 
 // In assembly, whose numbers of registers are part of the instruction. While a session lives, the calling thread's
 // tiles have their full shape; then they are released, so that the operating system has no tile state to save.
