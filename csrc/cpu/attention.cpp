@@ -84,8 +84,8 @@ Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, con
     return p;
 }
 
-// Few queries are bound by reading keys and values, which the kernel for that does as they lie. Measured on AVX2: ahead up
-// to 16 rows that share keys, less where these are few.
+// Few queries are bound by reading keys and values, which the kernel for that does as they lie. Measured on AVX2: ahead
+// up to 16 rows that share keys, less where these are few.
 bool is_decode(const Problem& p) {
     return p.len_q <= 8 && p.heads_kv > 0 && p.len_q * p.group() <= 16 && !p.has_dropout();
 }
@@ -125,6 +125,18 @@ void weights(Tensor lse, Tensor query, Tensor key, Tensor value, MaybeTensor att
     chosen_kernels().weights(p, {floats(lse), result.data_ptr(), average_heads}, runtime());
 }
 
+// Bytes that the kernels take beyond their results, for `explain`; of forward alone for 0 groups.
+int64_t memory(int64_t element_size, int64_t batch, int64_t heads, int64_t heads_kv, int64_t len_q, int64_t len_k,
+               int64_t head_dim, int64_t head_dim_v, bool mask_per_head, int64_t backward_groups) {
+    Problem p{};
+    p.type = element_size == 4 ? Type::float32 : Type::bfloat16;
+    p.batch = batch, p.heads = heads, p.heads_kv = heads_kv, p.len_q = len_q, p.len_k = len_k;
+    p.head_dim = head_dim, p.head_dim_v = head_dim_v, p.scale = 1.0;
+    static bool some_mask;
+    if (mask_per_head) p.key_mask = {Type::boolean, &some_mask, 0, 1, 0, 1};
+    return chosen_kernels().memory(p, backward_groups, runtime());
+}
+
 // A line for each level, best first: its name, and after a colon why this machine refuses it.
 std::string level_table() {
     std::string lines;
@@ -149,6 +161,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
         ", Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, Tensor(d!)? grad_attn_mask, "
         "Tensor(e!)? grad_key_mask, Tensor(f!) delta, Tensor(g!)? partial_grad_query) -> ()");
     m.def("attention_weights_cpu(Tensor lse, " INPUTS ", Tensor(a!) weights, bool average_heads) -> ()");
+    m.def(
+        "attention_memory_cpu(int element_size, int batch, int heads, int heads_kv, int len_q, int len_k, int "
+        "head_dim, "
+        "int head_dim_v, bool mask_per_head, int backward_groups) -> int");
     m.def("cpu_levels() -> str");
     m.def("cpu_level() -> str");
     m.def("choose_cpu_level(str name) -> ()");
@@ -161,6 +177,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CompositeExplicitAutograd, m) {
+    m.impl("attention_memory_cpu", TORCH_BOX(&memory));
     m.impl("cpu_levels", TORCH_BOX(&level_table));
     m.impl("cpu_level", TORCH_BOX(&level_in_use));
     m.impl("choose_cpu_level", TORCH_BOX(&choose_level));

@@ -18,7 +18,7 @@ class AttentionBackward {
     using Scalar = typename E::Scalar;
     using Packed = typename E::Packed;
     static constexpr int64_t PANEL = E::PANEL, BLOCK_Q = E::BACKWARD_BLOCK_Q, BLOCK_K = E::BLOCK_K;
-    static constexpr int64_t CHUNK = BACKWARD_CHUNK;
+    static_assert(BACKWARD_BLOCK_K % BLOCK_K == 0);
 
   public:
     static void run(const Problem& p, const BackwardInputs& inputs, const BackwardResults& results,
@@ -36,6 +36,17 @@ class AttentionBackward {
         }
     }
 
+    // Beyond the results, in all threads together.
+    static int64_t memory(const Problem& p, int64_t groups, const Runtime& runtime) {
+        BackwardResults results{};
+        results.groups = groups;
+        const BackwardInputs none{};
+        const AttentionBackward backward{p, none, results, runtime};
+        Arena arena;
+        backward.lay_out(arena);
+        return static_cast<int64_t>(arena.used()) * smaller<int64_t>(runtime.threads, p.batch * p.heads_kv * groups);
+    }
+
   private:
     const Problem& p_;
     const BackwardInputs& inputs_;
@@ -44,7 +55,7 @@ class AttentionBackward {
     const bool plain_ = ScoreRules::plain(p_);
     const int64_t blocks_ = (p_.len_q + BLOCK_Q - 1) / BLOCK_Q;
     const int64_t width_ = round_up(p_.head_dim, PANEL);
-    const int64_t chunk_ = smaller(CHUNK, round_up(larger<int64_t>(p_.len_k, 1), BLOCK_K));
+    const int64_t chunk_ = backward_chunk(p_.len_k, results_.groups);
 
     AttentionBackward(const Problem& p, const BackwardInputs& inputs, const BackwardResults& results,
                       const Runtime& runtime)

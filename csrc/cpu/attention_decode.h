@@ -316,26 +316,21 @@ class AttentionDecode {
         alignas(64) float scores[TILE * ROWS];
         const float* query = s.query + row * chunks_ * CHUNK;
         // The first block of rows waits for memory, the others find the tile in the cache.
-        if (row == 0)
-            products<ROWS, true>(tile, query, scores);
-        else
-            products<ROWS, false>(tile, query, scores);
-        if (has_terms_ || tile.count * ROWS % WIDTH != 0 || band_touches(u.problem, tile))
-            apply_rules<ROWS>(u, row, tile, scores);
-
+        Floats most = row == 0 ? products<ROWS, true>(tile, query, scores) : products<ROWS, false>(tile, query, scores);
         const int64_t count = round_up(tile.count * ROWS, WIDTH);
-        Floats most = s.largest[row];
-        for (int64_t k = 0; k < count; k += WIDTH) most = larger(load(scores + k), most);
-        most = over_keys<ROWS, Largest>(most);
+        if (has_terms_ || count != tile.count * ROWS || band_touches(u.problem, tile))
+            most = apply_rules<ROWS>(u, row, tile, scores);
+        most = over_keys<ROWS, Largest>(larger(most, s.largest[row]));
         const Floats reference = select(most == -INFINITE, Floats{}, most);
         const Floats shrink = exp2((s.largest[row] - reference) * LOG2E);
-        Floats total = s.total[row] * shrink;
+        Floats totals[2] = {s.total[row] * shrink, {}};  // two: an addition waits for its predecessor
+#pragma GCC unroll 4
         for (int64_t k = 0; k < count; k += WIDTH) {
             const Floats weights = exp2((load(scores + k) - reference) * LOG2E);
             store(scores + k, weights);
-            total += weights;
+            totals[k / WIDTH % 2] += weights;
         }
-        s.largest[row] = most, s.total[row] = total;
+        s.largest[row] = most, s.total[row] = totals[0] + totals[1];
         if (row == 0)
             add_values<ROWS, true>(tile, next, scores, shrink, out);
         else
@@ -368,36 +363,52 @@ class AttentionDecode {
         }
     }
 
-    // The lines of a chunk are fetched while the one before is computed. Where several chunks share a line, each
-    // fetches it for some of the rows, so that the fetches are spread evenly.
-    static FF_INLINE void prefetch_chunk(const S* row, int64_t c, int64_t number) {
-        constexpr int64_t BYTES = CHUNK * sizeof(S), SHARED = BYTES < LINE ? LINE / BYTES : 1;
-        if ((number + c) % SHARED != 0) return;
-        for (int64_t at = 0; at < BYTES; at += LINE)
-            __builtin_prefetch(reinterpret_cast<const char*>(row) + c / SHARED * (SHARED * BYTES) + at);
+    // Fetches chunk c of a row, which something else is computed for. Where several chunks share a line, each fetches it
+    // for one in so many rows, so that the fetches are spread evenly.
+    static constexpr int64_t CHUNK_BYTES = CHUNK * sizeof(S), SHARED = CHUNK_BYTES < LINE ? LINE / CHUNK_BYTES : 1;
+
+    static FF_INLINE void prefetch(const S* row, int64_t c) {
+        const char* at = reinterpret_cast<const char*>(row) + c / SHARED * (SHARED * CHUNK_BYTES);
+        for (int64_t line = 0; line < CHUNK_BYTES; line += LINE) __builtin_prefetch(at + line);
     }
 
-    // scores (keys, ROWS) = K Qᵀ * scale
-    template <int ROWS, bool AHEAD>
-    void products(const Tile& tile, const float* query, float* scores) const {
-        constexpr int KEYS = WIDTH / ROWS;
-        const float scale = static_cast<float>(p_.scale);
-        for (int64_t k = 0; k < tile.count; k += KEYS) {
-            store(scores + k * ROWS, dot_products<ROWS, AHEAD>(tile.keys + k, tile.values + k, query) * scale);
+    template <int COUNT>
+    static FF_INLINE void prefetch_rows(const S* const* rows, int64_t c) {
+        if constexpr (COUNT % SHARED == 0) {
+            for (int i = 0; i < COUNT; i += SHARED) prefetch(rows[i + c % SHARED], c);
+        } else if (c % SHARED == 0) {
+            for (int i = 0; i < COUNT; i++) prefetch(rows[i], c);
         }
     }
 
+    // scores (keys, ROWS) = K Qᵀ * scale; in each lane the largest.
+    template <int ROWS, bool AHEAD>
+    Floats products(const Tile& tile, const float* query, float* scores) const {
+        constexpr int KEYS = WIDTH / ROWS;
+        const float scale = static_cast<float>(p_.scale);
+        Floats most = broadcast(-INFINITE);
+        for (int64_t k = 0; k < tile.count; k += KEYS) {
+            const Floats found = dot_products<ROWS, AHEAD>(tile.keys + k, tile.values + k, query) * scale;
+            store(scores + k * ROWS, found);
+            most = larger(found, most);
+        }
+        return most;
+    }
+
+    // All sums once, then all of them again: a sum's two terms stand far apart.
     template <int ROWS>
     static FF_INLINE void add_products(Floats* sums, const Chunk* chunks, const float* query) {
 #pragma GCC unroll 4
         for (int row = 0; row < ROWS; row++) {
-            const Floats low = in_register(load(query + row * CHUNK)),
-                         high = in_register(load(query + row * CHUNK + WIDTH));
+            const Floats low = in_register(load(query + row * CHUNK));
 #pragma GCC unroll 16
-            for (int i = 0; i < WIDTH / ROWS; i++) {
-                sums[i * ROWS + row] += chunks[i].low * low;
-                sums[i * ROWS + row] += chunks[i].high * high;
-            }
+            for (int i = 0; i < WIDTH / ROWS; i++) sums[i * ROWS + row] += chunks[i].low * low;
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < ROWS; row++) {
+            const Floats high = in_register(load(query + row * CHUNK + WIDTH));
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH / ROWS; i++) sums[i * ROWS + row] += chunks[i].high * high;
         }
     }
 
@@ -410,8 +421,7 @@ class AttentionDecode {
         const int64_t whole = p_.head_dim / CHUNK;
         Chunk chunks[KEYS];
         for (int64_t c = 0; c < whole; c++, query += ROWS * CHUNK) {
-            if constexpr (AHEAD)
-                for (int i = 0; i < KEYS; i++) prefetch_chunk(ahead[i], c, i);
+            if constexpr (AHEAD) prefetch_rows<KEYS>(ahead, c);
 #pragma GCC unroll 16
             for (int i = 0; i < KEYS; i++) chunks[i] = load_chunk(key[i] + c * CHUNK);
             add_products<ROWS>(sums, chunks, query);
@@ -432,12 +442,13 @@ class AttentionDecode {
                (p.window_left >= 0 && first < p.position_offset + p.len_q - 1 - p.window_left);
     }
 
-    // The scaled products become scores: softcap, ALiBi, masks, exclusions.
+    // The scaled products become scores: softcap, ALiBi, masks, exclusions; in each lane the largest.
     template <int ROWS>
-    __attribute__((noinline)) void apply_rules(const Unit& u, int64_t row, const Tile& tile, float* scores) const {
+    __attribute__((noinline)) Floats apply_rules(const Unit& u, int64_t row, const Tile& tile, float* scores) const {
         constexpr int KEYS = WIDTH / ROWS;
         const Problem& p = u.problem;
         const float cap = static_cast<float>(p.softcap);
+        Floats most = broadcast(-INFINITE);
         Ints stands;
         Floats slope = {};
         for (int lane = 0; lane < WIDTH; lane++) {
@@ -463,8 +474,11 @@ class AttentionDecode {
             if (p.window_right >= 0)
                 inside &= away <= static_cast<int32_t>(smaller<int64_t>(p.window_right, INT32_MAX));
             if (p.window_left >= 0) inside &= away >= -static_cast<int32_t>(smaller<int64_t>(p.window_left, INT32_MAX));
-            store(scores + k * ROWS, select(inside, x, broadcast(-INFINITE)));
+            x = select(inside, x, broadcast(-INFINITE));
+            store(scores + k * ROWS, x);
+            most = larger(x, most);
         }
+        return most;
     }
 
     float mask_value(const Unit& u, int64_t row, int64_t key) const {
@@ -502,7 +516,8 @@ class AttentionDecode {
             const S* value = tile.values[k];
 #pragma GCC unroll 8
             for (int n = 0; n < CHUNKS; n++) {
-                if constexpr (AHEAD) prefetch_chunk(next.keys[k], c + n, k);
+                if constexpr (AHEAD)
+                    if ((k + c + n) % SHARED == 0) prefetch(next.keys[k], c + n);
                 const Chunk chunk = load_chunk(value + at[n]);
 #pragma GCC unroll 4
                 for (int row = 0; row < ROWS; row++) {

@@ -65,10 +65,26 @@ inline void weights(const Problem& p, const WeightsResults& results, const Runti
     run<AttentionWeights>(p, takes(p, nullptr, runtime), results, runtime);
 }
 
+inline int64_t memory(const Problem& p, int64_t backward_groups, const Runtime& runtime) {
+    auto of = [&]<class E>(E) {
+        const int64_t forward = AttentionForward<E>::memory(p, runtime);
+        return backward_groups == 0 ? forward
+                                    : larger(forward, AttentionBackward<E>::memory(p, backward_groups, runtime));
+    };
+    switch (p.type) {
+        case Type::float16:
+            return of(Engine<Float16>{});
+        case Type::bfloat16:
+            return of(Engine<BFloat16>{});
+        default:
+            return larger(of(Engine<float>{}), of(FmaEngine<float>{}));  // which of them depends on the numbers
+    }
+}
+
 #define FF_STRING(name) #name
 #define FF_NAME(level) FF_STRING(level)
 
 extern const Kernels kernels;
-const Kernels kernels = {FF_NAME(FF_LEVEL), forward, backward, weights, measure_ceiling, decode_attention};
+const Kernels kernels = {FF_NAME(FF_LEVEL), forward, backward, memory, weights, measure_ceiling, decode_attention};
 
 }  // namespace fusedformer::FF_LEVEL

@@ -38,7 +38,17 @@ struct Problem {
     bool has_dropout() const { return dropout_threshold > 0; }
 };
 
-constexpr int64_t BACKWARD_CHUNK = 512;  // keys whose gradients a thread keeps at a time
+// The keys of one head are split between `groups` threads in backward, each of which keeps the gradients of a chunk of
+// keys at a time.
+constexpr int64_t BACKWARD_CHUNK = 512, BACKWARD_BLOCK_K = 64;
+
+constexpr int64_t backward_chunk(int64_t len_k, int64_t groups) {
+    const int64_t share = (len_k + groups - 1) / groups;
+    const int64_t blocks = (share + BACKWARD_BLOCK_K - 1) / BACKWARD_BLOCK_K;
+    return blocks < 1                                   ? BACKWARD_BLOCK_K
+           : blocks * BACKWARD_BLOCK_K < BACKWARD_CHUNK ? blocks * BACKWARD_BLOCK_K
+                                                        : BACKWARD_CHUNK;
+}
 
 struct ForwardResults {
     Rows out;
@@ -55,7 +65,7 @@ struct BackwardResults {  // null data where not wanted
     Mask grad_attn_mask;        // in the shape and type of attn_mask, strides 0 where it is broadcast
     Mask grad_key_mask;         // (B, H, S)
     float* delta;               // (B, H, L): rowsum(out * grad_out) - grad_lse
-    float* partial_grad_query;  // (groups, B, H, L, E) float32, see attention_backward.h; null when groups is 1
+    float* partial_grad_query;  // (groups, B, H, L, E) float32; null where one chunk holds all keys
     int64_t groups;
 };
 
@@ -69,8 +79,9 @@ struct WeightsResults {
 struct Runtime {
     int threads;
     void (*parallel)(int64_t tasks, void (*body)(int64_t task, void* context), void* context);
-    void* (*scratch)(size_t bytes);    // the calling thread's, kept between calls; holds nothing to rely on
-    void* (*workspace)(size_t bytes);  // likewise, for results that the threads of a call share: taken before they start
+    void* (*scratch)(size_t bytes);  // the calling thread's, kept between calls; holds nothing to rely on
+    void* (*workspace)(
+        size_t bytes);  // likewise, for results that the threads of a call share: taken before they start
 };
 
 // What the benchmark holds the kernels against; see ceilings.h.
@@ -84,6 +95,7 @@ struct Kernels {
     const char* level;
     void (*forward)(const Problem&, const ForwardResults&, const Runtime&);
     void (*backward)(const Problem&, const BackwardInputs&, const BackwardResults&, const Runtime&);
+    int64_t (*memory)(const Problem&, int64_t backward_groups, const Runtime&);  // bytes; of forward alone for 0 groups
     void (*weights)(const Problem&, const WeightsResults&, const Runtime&);
     double (*ceiling)(Ceiling, const void* data, int64_t bytes, int64_t rounds);  // see ceilings.h
     void (*decode)(const DecodeProblem&, const DecodeResults&, const Runtime&);
