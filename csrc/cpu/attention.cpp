@@ -84,20 +84,13 @@ Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, con
     return p;
 }
 
-// Few queries are bound by reading keys and values, which the kernel for that does as they lie. Measured on AVX2: ahead
-// up to 16 rows that share keys, less where these are few.
-bool is_decode(const Problem& p) {
-    return p.len_q <= 8 && p.heads_kv > 0 && p.len_q * p.group() <= 16 && !p.has_dropout();
-}
-
 void forward(Tensor query, Tensor key, Tensor value, MaybeTensor attn_mask, MaybeTensor masked_keys,
              MaybeTensor alibi_slopes, MaybeTensor sinks, MaybeTensor seed, double scale, int64_t position_offset,
              int64_t window_left, int64_t window_right, double softcap, int64_t dropout_threshold, double keep_scale,
              Tensor out, Tensor lse, Tensor lse_residual) {
     const Problem p = problem(query, key, value, attn_mask, masked_keys, alibi_slopes, sinks, seed, scale,
                               position_offset, window_left, window_right, softcap, dropout_threshold, keep_scale);
-    if (is_decode(p)) return decode({p}, rows(out), floats(lse), floats(lse_residual));
-    chosen_kernels().forward(p, {rows(out), floats(lse), floats(lse_residual)}, runtime());
+    attend(p, {rows(out), floats(lse), floats(lse_residual)});
 }
 
 void backward(Tensor grad_out, MaybeTensor grad_lse, Tensor out, Tensor lse, Tensor lse_residual, Tensor query,
@@ -153,6 +146,21 @@ std::string level_in_use() { return chosen_kernels().level; }
     "float softcap, int dropout_threshold, float keep_scale"
 
 }  // namespace
+
+namespace fusedformer {
+
+// Few queries are bound by reading keys and values, which the kernel for that does as they lie. Measured on AVX2: ahead
+// up to 16 rows that share keys, less where these are few.
+static bool is_decode(const Problem& p) {
+    return p.len_q <= 8 && p.heads_kv > 0 && p.len_q * p.group() <= 16 && !p.has_dropout();
+}
+
+void attend(const Problem& p, const ForwardResults& results) {
+    if (is_decode(p)) return decode({p}, results.out, results.lse, results.lse_residual);
+    chosen_kernels().forward(p, results, runtime());
+}
+
+}  // namespace fusedformer
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
     m.def("attention_forward_cpu(" INPUTS ", Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_residual) -> ()");

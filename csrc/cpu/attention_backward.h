@@ -206,7 +206,7 @@ class AttentionBackward {
             power = score * (static_cast<float>(p_.scale) * LOG2E) - s.lse[r] - s.lse_residual[r];
         else
             power = ((score - s.lse[r]) - s.lse_residual[r]) * LOG2E;
-        weight = exp2(power);
+        weight = exp2<EXP2_DEGREE<Scalar>>(power);
         Floats product = load(s.products + r * BLOCK_K + k);
         const Floats whole = weight;
         if (p_.has_dropout()) {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "decode_problem.h"
 #include "level.h"
@@ -16,19 +15,6 @@ namespace {
 
 constexpr int64_t PIECE = 512;        // keys: fewer cost more to join than they give to another thread
 constexpr int64_t WIDEST_CHUNK = 32;  // of any level, see attention_decode.h
-
-// Kept between calls, and apart from the thread's scratch, which the kernel takes.
-float* partial_results(size_t count) {
-    thread_local std::unique_ptr<float[]> memory;
-    thread_local size_t size = 0;
-    if (count > size) {
-        memory.reset();
-        size = 0;
-        memory.reset(new float[count]);
-        size = count;
-    }
-    return memory.get();
-}
 
 int64_t most_keys(const DecodeProblem& p) {
     if (!p.lengths) return p.len_k;
@@ -91,8 +77,9 @@ void decode(DecodeProblem p, Rows out, float* lse, float* lse_residual) {
     p.piece_keys = std::max(PIECE, (fair + PIECE - 1) / PIECE * PIECE);
     p.pieces = std::max<int64_t>(1, (keys + p.piece_keys - 1) / p.piece_keys);
     const int64_t width = (p.head_dim_v + WIDEST_CHUNK - 1) / WIDEST_CHUNK * WIDEST_CHUNK + 16;  // whole lines
-    float* partial = partial_results(rows * p.pieces * width);
-    chosen_kernels().decode(p, {out, lse, lse_residual, partial, width}, runtime());
+    const Runtime threads = runtime();
+    auto* partial = static_cast<float*>(threads.workspace(rows * p.pieces * width * sizeof(float)));
+    chosen_kernels().decode(p, {out, lse, lse_residual, partial, width}, threads);
 }
 
 }  // namespace fusedformer

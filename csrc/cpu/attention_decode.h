@@ -323,14 +323,13 @@ class AttentionDecode {
         most = over_keys<ROWS, Largest>(larger(most, s.largest[row]));
         const Floats reference = select(most == -INFINITE, Floats{}, most);
         const Floats shrink = exp2((s.largest[row] - reference) * LOG2E);
-        Floats totals[2] = {s.total[row] * shrink, {}};  // two: an addition waits for its predecessor
-#pragma GCC unroll 4
+        Floats total = s.total[row] * shrink;
         for (int64_t k = 0; k < count; k += WIDTH) {
             const Floats weights = exp2((load(scores + k) - reference) * LOG2E);
             store(scores + k, weights);
-            totals[k / WIDTH % 2] += weights;
+            total += weights;
         }
-        s.largest[row] = most, s.total[row] = totals[0] + totals[1];
+        s.largest[row] = most, s.total[row] = total;
         if (row == 0)
             add_values<ROWS, true>(tile, next, scores, shrink, out);
         else
@@ -363,8 +362,8 @@ class AttentionDecode {
         }
     }
 
-    // Fetches chunk c of a row, which something else is computed for. Where several chunks share a line, each fetches it
-    // for one in so many rows, so that the fetches are spread evenly.
+    // Fetches chunk c of a row, which something else is computed for. Where several chunks share a line, each fetches
+    // it for one in so many rows, so that the fetches are spread evenly.
     static constexpr int64_t CHUNK_BYTES = CHUNK * sizeof(S), SHARED = CHUNK_BYTES < LINE ? LINE / CHUNK_BYTES : 1;
 
     static FF_INLINE void prefetch(const S* row, int64_t c) {

@@ -238,7 +238,7 @@ class AttentionForward {
             for (int64_t k = 0; k < width; k += WIDTH) {
                 const Floats x = ScoreRules::exponent<PLAIN>(load(scores + k), factor, reference);
                 highest = larger(x, highest);
-                Floats weight = exp2(x);
+                Floats weight = exp2<EXP2_DEGREE<Scalar>>(x);
                 total += weight;
                 if constexpr (DROPOUT) weight = keep(kept(s.lanes + k, p_.dropout_threshold), weight);
                 E::put_left(s.weights, block_q_, BLOCK_K, r, k, weight);

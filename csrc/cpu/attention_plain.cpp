@@ -10,9 +10,8 @@
 #include <memory>
 #include <optional>
 
-#include "level.h"
+#include "decode_problem.h"
 #include "problem.h"
-#include "runtime.h"
 
 namespace {
 
@@ -58,8 +57,8 @@ Sizes dense_strides(const Sizes& sizes, const Sizes& like) {
     return strides;
 }
 
-std::optional<Tensor> attend(Tensor query, Tensor key, Tensor value, std::optional<double> scale, bool is_causal,
-                             bool enable_gqa) {
+std::optional<Tensor> plain(Tensor query, Tensor key, Tensor value, std::optional<double> scale, bool is_causal,
+                            bool enable_gqa) {
     if (query.dim() != DIMS || key.dim() != DIMS || value.dim() != DIMS) return std::nullopt;
     const Type type = type_of(query);
     if (type == Type::none || type_of(key) != type || type_of(value) != type) return std::nullopt;
@@ -87,7 +86,7 @@ std::optional<Tensor> attend(Tensor query, Tensor key, Tensor value, std::option
     p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
     p.position_offset = 0, p.window_left = -1, p.window_right = is_causal ? 0 : -1, p.softcap = 0.0;
     const Rows out_rows = {out.data_ptr(), strides[0], strides[1], strides[2]};
-    chosen_kernels().forward(p, {out_rows, lse.get(), lse.get() + rows}, runtime());
+    attend(p, {out_rows, lse.get(), lse.get() + rows});
     return out;
 }
 
@@ -99,4 +98,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
         "-> Tensor?");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) { m.impl("attention_plain_cpu", TORCH_BOX(&attend)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) { m.impl("attention_plain_cpu", TORCH_BOX(&plain)); }

@@ -32,4 +32,7 @@ struct DecodeResults {
 // Runs the chosen level's kernel: plans the pieces and keeps their memory. Every rule of Problem holds but dropout.
 void decode(DecodeProblem problem, Rows out, float* lse, float* lse_residual);
 
+// Attention forward by the kernel that suits the number of queries: the level's `forward`, or `decode`.
+void attend(const Problem& problem, const ForwardResults& results);
+
 }  // namespace fusedformer

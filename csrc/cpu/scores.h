@@ -7,6 +7,14 @@
 
 namespace fusedformer::FF_LEVEL {
 
+// A weight's error stays far below the last place of what is computed from it.
+template <class Scalar>
+constexpr int EXP2_DEGREE = 6;
+template <>
+constexpr int EXP2_DEGREE<Float16> = 5;
+template <>
+constexpr int EXP2_DEGREE<BFloat16> = 4;
+
 struct Range {
     int64_t begin, end;
     bool empty() const { return begin >= end; }
