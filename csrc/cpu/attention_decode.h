@@ -89,9 +89,8 @@ FF_INLINE Floats sums_of_lanes(Floats* sums) {
 
 template <class S>
 class AttentionDecode {
-    static constexpr int TILE = 64;
-    static constexpr int64_t TILE_BYTES =
-        16384;  // of keys or values: both and the next ones stay in the first-level cache
+    static constexpr int TILE = 128;
+    static constexpr int64_t TILE_BYTES = 32768;  // of its keys or values at most
     static constexpr int64_t LINE = 64;
 
   public:
@@ -362,13 +361,14 @@ class AttentionDecode {
         }
     }
 
-    // Fetches chunk c of a row, which something else is computed for. Where several chunks share a line, each fetches
-    // it for one in so many rows, so that the fetches are spread evenly.
+    // Fetches chunk c of a row that is used later. Where several chunks share a line, each fetches it for one in so
+    // many rows, so that the fetches are spread evenly. They go to the second-level cache: so many lines are on their
+    // way at a time that the first level's buffers for misses would be the limit.
     static constexpr int64_t CHUNK_BYTES = CHUNK * sizeof(S), SHARED = CHUNK_BYTES < LINE ? LINE / CHUNK_BYTES : 1;
 
     static FF_INLINE void prefetch(const S* row, int64_t c) {
         const char* at = reinterpret_cast<const char*>(row) + c / SHARED * (SHARED * CHUNK_BYTES);
-        for (int64_t line = 0; line < CHUNK_BYTES; line += LINE) __builtin_prefetch(at + line);
+        for (int64_t line = 0; line < CHUNK_BYTES; line += LINE) __builtin_prefetch(at + line, 0, 2);
     }
 
     template <int COUNT>
