@@ -20,8 +20,8 @@ struct FmaEngine {
     static constexpr int DEPTH = 1;                    // a packed operand's depth is a multiple of this
     static constexpr int ROW_MULTIPLE = 1;             // so many rows of C are written at a time
 
-    static constexpr int BLOCK_Q = 48, BLOCK_K = 64;       // a tile of scores
-    static constexpr int SHORT = 256, SHORT_BLOCK_Q = 24;  // few queries: smaller tiles waste less at the diagonal
+    static constexpr int BLOCK_Q = 24, BLOCK_K = 64;       // a tile of scores
+    static constexpr int SHORT = 256, SHORT_BLOCK_Q = 12;  // few queries: smaller tiles waste less at the diagonal
     static constexpr int BACKWARD_BLOCK_Q = 24;            // even
     static constexpr int CHUNK_Q = 512;                    // queries that share what was packed
     static constexpr int CACHE = 256 << 10;                // bytes of packed keys and values at a time

@@ -12,12 +12,17 @@ class PartsAreExact {
     // Whether every number of the (B, H, rows, columns) tensor is 0 or finite and at least 2^-100.
     static bool of(const Rows& x, int64_t batch, int64_t heads, int64_t rows, int64_t columns, const Runtime& runtime) {
         PartsAreExact scan{x, heads, rows, columns, true};
-        runtime.parallel(
-            batch * heads, [](int64_t task, void* self) { static_cast<PartsAreExact*>(self)->matrix(task); }, &scan);
+        auto body = [](int64_t task, void* self) { static_cast<PartsAreExact*>(self)->matrix(task); };
+        if (batch * heads * rows * columns > SMALL)
+            runtime.parallel(batch * heads, body, &scan);
+        else
+            for (int64_t task = 0; task < batch * heads; task++) body(task, &scan);
         return scan.all_;
     }
 
   private:
+    static constexpr int64_t SMALL = 1 << 15;  // numbers: read sooner than threads are woken
+
     const Rows& x_;
     int64_t heads_, rows_, columns_;
     bool all_;  // written by any thread, false only
