@@ -26,7 +26,7 @@ FF_INLINE Floats exp2_polynomial(Floats r) {
     return power;
 }
 
-// 2^x for x <= 127; 0 below 2^-126 at the latest (-infinity too), NaN for NaN.
+// 2^x for x <= 127; 0 for -infinity and where the result or, by level, any denormal is too small; NaN for NaN.
 template <int DEGREE = 6>
 FF_INLINE Floats exp2(Floats x) {
 #ifdef FF_AVX512
