@@ -34,16 +34,16 @@ struct Problem {
     uint32_t dropout_threshold = 0;  // 16-bit lanes below it are dropped
     float keep_scale = 1.0f;
 
-    __attribute__((always_inline)) int64_t group() const { return heads / heads_kv; }
-    __attribute__((always_inline)) bool has_dropout() const { return dropout_threshold > 0; }
+    int64_t group() const { return heads / heads_kv; }
+    bool has_dropout() const { return dropout_threshold > 0; }
 };
 
 // The keys of one head are split between `groups` threads in backward, each of which keeps the gradients of a chunk of
 // keys at a time.
 constexpr int64_t BACKWARD_CHUNK = 512, BACKWARD_BLOCK_K = 64;
 
-// (Inlined everywhere: a function that levels share must not be compiled for one of them.)
-__attribute__((always_inline)) constexpr int64_t backward_chunk(int64_t len_k, int64_t groups) {
+// (Static: a function that levels share must not be compiled for one of them.)
+static constexpr int64_t backward_chunk(int64_t len_k, int64_t groups) {
     const int64_t share = (len_k + groups - 1) / groups;
     const int64_t blocks = (share + BACKWARD_BLOCK_K - 1) / BACKWARD_BLOCK_K;
     return blocks < 1                                   ? BACKWARD_BLOCK_K
