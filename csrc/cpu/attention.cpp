@@ -149,12 +149,6 @@ std::string level_in_use() { return chosen_kernels().level; }
 
 namespace fusedformer {
 
-// Few queries are bound by reading keys and values, which the kernel for that does as they lie. Measured on AVX2: ahead
-// up to 16 rows that share keys, less where these are few.
-static bool is_decode(const Problem& p) {
-    return p.len_q <= 8 && p.heads_kv > 0 && p.len_q * p.group() <= 16 && !p.has_dropout();
-}
-
 void attend(const Problem& p, const ForwardResults& results) {
     if (is_decode(p)) return decode({p}, results.out, results.lse, results.lse_residual);
     chosen_kernels().forward(p, results, runtime());

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "decode_problem.h"
 #include "level.h"
@@ -41,6 +42,21 @@ void append(const DecodeProblem& p, const Rows& cache, const Tensor& added) {
             }
 }
 
+void* at(void* data, Type type, int64_t elements) {
+    return static_cast<char*>(data) + elements * (type == Type::float32 ? 4 : 2);
+}
+
+// One sequence of a cache in one piece, as a problem of its own.
+Problem sequence(const DecodeProblem& p, int64_t b) {
+    Problem one = p;
+    one.batch = 1;
+    one.len_k = p.lengths[b] + p.appended;
+    one.position_offset = one.len_k - p.len_q;
+    for (Rows* x : {&one.query, &one.key, &one.value}) x->data = at(x->data, p.type, b * x->batch);
+    if (p.alibi_slopes) one.alibi_slopes += b * p.alibi_batch;
+    return one;  // sinks are the same for every sequence
+}
+
 void attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, MaybeTensor key,
                       MaybeTensor value, MaybeTensor block_table, MaybeTensor alibi_slopes, MaybeTensor sinks,
                       double scale, int64_t window_left, int64_t window_right, double softcap, Tensor out, Tensor lse) {
@@ -65,7 +81,15 @@ void attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor
         append(p, p.key, *key);
         append(p, p.value, *value);
     }
-    decode(p, rows(out), static_cast<float*>(lse.data_ptr()), nullptr);
+    auto* lse_rows = static_cast<float*>(lse.data_ptr());
+    if (block_table || is_decode(p)) return decode(p, rows(out), lse_rows, nullptr);
+    std::vector<float> lse_residual(p.heads * p.len_q);
+    for (int64_t b = 0; b < p.batch; b++) {
+        const Problem one = sequence(p, b);
+        Rows one_out = rows(out);
+        one_out.data = at(one_out.data, p.type, b * one_out.batch);
+        chosen_kernels().forward(one, {one_out, lse_rows + b * p.heads * p.len_q, lse_residual.data()}, runtime());
+    }
 }
 
 }  // namespace
@@ -75,11 +99,16 @@ void decode(DecodeProblem p, Rows out, float* lse, float* lse_residual) {
     if (rows == 0) return;
     const int64_t fair = (keys + MOST_PIECES - 1) / MOST_PIECES;
     p.piece_keys = std::max(PIECE, (fair + PIECE - 1) / PIECE * PIECE);
+    if (!is_decode(p)) p.piece_keys = std::max(keys, PIECE);  // its rows are tasks enough
     p.pieces = std::max<int64_t>(1, (keys + p.piece_keys - 1) / p.piece_keys);
     const int64_t width = (p.head_dim_v + WIDEST_CHUNK - 1) / WIDEST_CHUNK * WIDEST_CHUNK + 16;  // whole lines
     const Runtime threads = runtime();
-    auto* partial = static_cast<float*>(threads.workspace(rows * p.pieces * width * sizeof(float)));
-    chosen_kernels().decode(p, {out, lse, lse_residual, partial, width}, threads);
+    const size_t partial_bytes = rows * p.pieces * width * sizeof(float), finished_bytes = rows * sizeof(int32_t);
+    auto* memory = static_cast<char*>(threads.workspace(partial_bytes + finished_bytes));
+    auto* finished = reinterpret_cast<int32_t*>(memory + partial_bytes);
+    std::memset(finished, 0, finished_bytes);
+    auto* partial = reinterpret_cast<float*>(memory);
+    chosen_kernels().decode(p, {out, lse, lse_residual, partial, width, finished}, threads);
 }
 
 }  // namespace fusedformer

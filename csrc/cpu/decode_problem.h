@@ -27,7 +27,14 @@ struct DecodeResults {
     float *lse, *lse_residual;  // (B, H, L), contiguous; may be null
     float* partial;             // (B, H, pieces, L) rows of partial_width floats
     int64_t partial_width;
+    int32_t* finished;  // (B * H * L), zeros: for rows that are computed together, how many pieces are there
 };
+
+// Whether reading keys and values bounds the problem, which the decode kernel does as they lie. Measured on AVX2: it is
+// ahead up to 16 rows that share keys, less where these are few.
+inline bool is_decode(const Problem& p) {
+    return p.len_q <= 8 && p.heads_kv > 0 && p.len_q * p.group() <= 16 && !p.has_dropout();
+}
 
 // Runs the chosen level's kernel: plans the pieces and keeps their memory. Every rule of Problem holds but dropout.
 void decode(DecodeProblem problem, Rows out, float* lse, float* lse_residual);

@@ -7,13 +7,9 @@
 
 namespace fusedformer::FF_LEVEL {
 
-// A weight's error stays far below the last place of what is computed from it.
+// The log-sum-exp is float32 for every type, and its error that of the weights.
 template <class Scalar>
-constexpr int EXP2_DEGREE = 6;
-template <>
-constexpr int EXP2_DEGREE<Float16> = 5;
-template <>
-constexpr int EXP2_DEGREE<BFloat16> = 4;
+constexpr int EXP2_DEGREE = sizeof(Scalar) == 4 ? 6 : 5;
 
 struct Range {
     int64_t begin, end;

@@ -6,23 +6,21 @@
 namespace fusedformer::FF_LEVEL {
 
 // 2^r as the polynomial through the Chebyshev points of an interval of length 1: [0, 1] where the processor splits a
-// number there by itself, else [-1/2, 1/2]. Relative error 3.5e-6, 1e-7 and 3e-9 for degrees 4, 5 and 6.
+// number there by itself, else [-1/2, 1/2]. Relative error 1e-7 for degree 5 and 3e-9 for 6.
 template <int DEGREE>
 FF_INLINE Floats exp2_polynomial(Floats r) {
 #ifdef FF_AVX512
-    constexpr float C[3][7] = {
-        {0x1.00003ap+0f, 0x1.62cd58p-1f, 0x1.eece44p-3f, 0x1.a7e520p-5f, 0x1.bff2dep-7f},
+    constexpr float C[2][7] = {
         {0x1.fffffcp-1f, 0x1.62e526p-1f, 0x1.ebcf7ap-3f, 0x1.c99b9ep-5f, 0x1.25429cp-7f, 0x1.f06faep-10f},
         {1.0f, 0x1.62e428p-1f, 0x1.ebfdf2p-3f, 0x1.c67f50p-5f, 0x1.3d54d8p-7f, 0x1.44d4d2p-10f, 0x1.ca8f0ap-13f}};
 #else
-    constexpr float C[3][7] = {
-        {1.0f, 0x1.62e0c2p-1f, 0x1.ebfa4cp-3f, 0x1.ca1ce2p-5f, 0x1.3cbf60p-7f},
+    constexpr float C[2][7] = {
         {0x1.000002p+0f, 0x1.62e430p-1f, 0x1.ebf906p-3f, 0x1.c6af6cp-5f, 0x1.3d1070p-7f, 0x1.5f0890p-10f},
         {1.0f, 0x1.62e430p-1f, 0x1.ebfbe0p-3f, 0x1.c6aeccp-5f, 0x1.3b2a1cp-7f, 0x1.5f48c0p-10f, 0x1.444000p-13f}};
 #endif
-    Floats power = broadcast(C[DEGREE - 4][DEGREE]);
+    Floats power = broadcast(C[DEGREE - 5][DEGREE]);
 #pragma GCC unroll 6
-    for (int i = DEGREE - 1; i >= 0; i--) power = power * r + C[DEGREE - 4][i];
+    for (int i = DEGREE - 1; i >= 0; i--) power = power * r + C[DEGREE - 5][i];
     return power;
 }
 
