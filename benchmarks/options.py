@@ -13,12 +13,14 @@ class Options:
 
     Attributes:
         device_type: "cpu" or "cuda".
+        floors: every case that has a floor, and no other.
         pattern: a regular expression; what it finds in a case's name is measured.
     """
 
     device_type: str
     full: bool = False
     quick: bool = False
+    floors: bool = False
     pattern: str = ""
 
     @property
@@ -28,12 +30,22 @@ class Options:
     @property
     def budget(self) -> float:
         """Seconds of timing for each peer on each case."""
-        return {"quick": 0.005, "default": 0.15, "full": 0.5}[self.extent]
+        return {"quick": 0.005, "default": 0.1, "full": 0.5}[self.extent]
+
+    @property
+    def every_peer(self) -> bool:
+        """On the CPU torch's choice alone is compared with, unless everything is asked for."""
+        return self.extent != "default" or self.device_type != "cpu"
 
     @property
     def patience(self) -> float:
         """Seconds a call of a peer may take. Plain torch in a half type the CPU has no instructions for takes many."""
         return 5.0 if self.full else 0.25
+
+    @property
+    def patience_for_model(self) -> float:
+        """Seconds that the main job may take in one dtype."""
+        return 600.0 if self.full else 60.0
 
     @property
     def threads(self) -> list[int]:

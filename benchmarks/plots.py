@@ -30,7 +30,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#e4e7eb",
 }
 SWEEP_LENGTHS = 3  # fewer lengths than this make no curve
-RESOLUTION = 130
+RESOLUTION = 90
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -72,6 +72,7 @@ def _relative_times(by_case: dict[str, list[AttentionRow]], threads: int) -> Any
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.27 * len(by_case)))
+    axes.set_xscale("log", base=2)
     peers = dict.fromkeys(row.peer for rows in by_case.values() for row in rows if not row.is_ours)
     for peer in peers:
         places, ratios = [], []
@@ -82,12 +83,16 @@ def _relative_times(by_case: dict[str, list[AttentionRow]], threads: int) -> Any
                 places.append(place)
                 ratios.append(other.median / ours.median)
         axes.scatter(ratios, places, color=COLOURS.get(peer), label=peer, zorder=3, s=28)
+    floors = {place: next(r.floor for r in rows if r.is_ours) for place, rows in enumerate(by_case.values())}
+    promised = [(floor, place) for place, floor in floors.items() if floor is not None]
+    if promised:
+        at, heights = zip(*promised, strict=True)
+        axes.scatter(at, heights, color="#444444", marker="|", s=60, label="at least, to SDPA")
     axes.axvline(1.0, color=COLOURS[OURS], linewidth=1.5, label=OURS)
     axes.axvspan(axes.get_xlim()[0], 1.0, color=COLOURS[OURS], alpha=0.07)
-    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_yticks(range(len(by_case)), by_case)
-    axes.invert_yaxis()
+    axes.set_ylim(len(by_case) - 0.5, -0.5)
     axes.set_xlabel("time over ours: left of the line a peer is faster")
     axes.set_title(f"Attention, threads: {threads}", loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
@@ -107,8 +112,9 @@ def _sweeps(sweeps: dict[str, list[AttentionRow]], ceiling: Ceilings | None, thr
             style = {"linewidth": 2.4 if peer == OURS else 1.2, "marker": "o", "markersize": 3.5}
             labels[peer] = axes.plot(*zip(*points, strict=True), color=COLOURS.get(peer), **style)[0]
         if ceiling is not None:
-            rate = max(ceiling.matmul[rows[0].dtype], ceiling.matmul["fp32"]) / 1e9
-            labels["matmul"] = axes.axhline(rate, color="#444444", linestyle="--", linewidth=1)
+            limits = ceiling.units or {"matmul": max(ceiling.matmul[rows[0].dtype], ceiling.matmul["fp32"])}
+            for name, dashes in zip(limits, ("--", ":"), strict=False):
+                labels[name] = axes.axhline(limits[name] / 1e9, color="#444444", linestyle=dashes, linewidth=1)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(bottom=0)
@@ -130,15 +136,15 @@ def _model(rows: Sequence[ModelRow]) -> Any:
         ("real tokens a second", lambda r: r.tokens_per_second),
         ("peak MB", lambda r: (r.peak_bytes or 0) / 1e6),
     )
-    groups = list(dict.fromkeys((row.dtype, row.threads) for row in rows))
+    groups = list(dict.fromkeys((row.workload, row.dtype, row.threads) for row in rows))
     figure, grid = pyplot.subplots(len(groups), 2, figsize=(9, 1.6 * len(groups) + 0.6), squeeze=False)
     for line, group in zip(grid, groups, strict=True):
-        chosen = [row for row in rows if (row.dtype, row.threads) == group]
+        chosen = [row for row in rows if (row.workload, row.dtype, row.threads) == group]
         for axes, (title, measure) in zip(line, measures, strict=True):
             names, values = [row.variant for row in chosen], [measure(row) for row in chosen]
             bars = axes.barh(names, values, color=[COLOURS[name] for name in names])
             axes.bar_label(bars, fmt="{:,.4g}", padding=3)
-            axes.set_title(f"{group[0]}, threads: {group[1]}, {title}", loc="left")
+            axes.set_title(f"{group[0]}, {group[1]}, threads: {group[2]}, {title}", loc="left")
             axes.grid(visible=False, axis="y")
             axes.invert_yaxis()
             axes.margins(x=0.18)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from .timing import Timing
 
 FILE_NAME = "results.jsonl"
 OURS = "fusedformer"  # among the peers of an attention case
-FUSED = "fused"  # among the variants of the model
+STOCK_SDPA, FUSED = "stock sdpa", "fused"  # among the variants of the model
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,14 @@ class AttentionRow:
         eager_error: that of torch's eager computation in the same dtype, in the same tensor.
         peak_bytes: of the forward and, unless it alone is timed, the backward.
         within_contract: None as ``error``.
-        ceiling_share: the least time this machine's ceilings allow, over the median.
+        errors: the largest absolute error against float64 of each tensor judged.
+        shares: of each ceiling of this machine, as ``Ceilings.shares`` names them.
         speedup: the best peer's median over this one's; of ours alone.
+        ratio: the time of torch's own choice of an SDPA over ours, the median over the rounds; of ours alone.
+        floor: the least ratio that ours must reach; None where it is only reported.
+        read_floor: the least share of the reading ceiling.
         backend: that ``auto`` chose for ours, or SDPA's; "" where there is no choice.
+        level: the instruction set level of the native kernels, where ours is theirs.
         is_default: plain ``scaled_dot_product_attention`` picks this backend.
         explanation: of ours, why each other backend refused.
     """
@@ -51,13 +56,18 @@ class AttentionRow:
     reason: str = ""
     timing: Timing | None = None
     peak_bytes: int | None = None
-    ceiling_share: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     eager_error: float | None = None
     within_contract: bool | None = None
     best_peer: str = ""
     speedup: float | None = None
+    ratio: float | None = None
+    floor: float | None = None
+    read_floor: float | None = None
     backend: str = ""
+    level: str = ""
     is_default: bool = False
     explanation: str = ""
 
@@ -69,37 +79,54 @@ class AttentionRow:
     def title(self) -> str:
         return f"{self.case}, threads: {self.threads}"
 
+    @property
+    def reads_enough(self) -> bool:
+        return self.read_floor is None or self.shares.get("read", 0.0) >= self.read_floor
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the native kernel reaches every floor of the case; None where there is none."""
+        if self.floor is None or not self.is_ours:
+            return None
+        return reaches(self.ratio, self.floor, self.level) and self.reads_enough
+
 
 @dataclass(frozen=True)
 class ModelRow:
     """One variant of the main job's model.
 
     Attributes:
+        workload: what it encodes.
         variant: "stock eager", "stock sdpa" or "fused".
         difference: the embeddings' largest to those of the stock model in fp32.
         error: their largest to those of the stock model in float64.
         peak_bytes: of the batch with the most padded tokens, weights aside.
         attention_share: of the time, in the variant "stock sdpa": what bounds the gain.
+        ratio, floor, level: as in AttentionRow, to the variant "stock sdpa".
         report: of ``fuse``.
     """
 
     model: str
+    workload: str
     variant: str
     dtype: str
-    sentences: int
-    tokens: int
-    padded_tokens: int
-    peak_bytes: int
-    difference: float
-    error: float
-    attention_share: float
+    texts: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    peak_bytes: int | None = None
+    difference: float | None = None
+    error: float | None = None
+    attention_share: float | None = None
     threads: int = 0
     status: str = "ok"
     reason: str = ""
     timing: Timing | None = None
     tokens_per_second: float | None = None
     speedup: float | None = None
+    ratio: float | None = None
+    floor: float | None = None
     backend: str = ""
+    level: str = ""
     report: str = ""
 
     @property
@@ -108,7 +135,20 @@ class ModelRow:
 
     @property
     def title(self) -> str:
-        return f"{self.model} in {self.dtype}, threads: {self.threads}"
+        threads = f", threads: {self.threads}" if self.threads else ""
+        return f"{self.model}, {self.workload}, in {self.dtype}{threads}"
+
+    @property
+    def met(self) -> bool | None:
+        """As in AttentionRow."""
+        if self.floor is None or not self.is_ours:
+            return None
+        return reaches(self.ratio, self.floor, self.level)
+
+
+def reaches(ratio: float | None, floor: float, level: str) -> bool:
+    """A ratio counts where it is the native kernels'."""
+    return ratio is not None and ratio >= floor and level != ""
 
 
 @dataclass(frozen=True)
@@ -203,4 +243,4 @@ def read(folder: Path) -> Results:
 
 
 def schema() -> dict[str, list[str]]:
-    return {kind: [field.name for field in fields(type_)] for kind, type_ in KINDS.items()}
+    return {kind: [each.name for each in fields(type_)] for kind, type_ in KINDS.items()}

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from .ceilings import Ceilings
 from .machine import Machine
-from .rows import OURS, AttentionRow, ModelRow, NumericsRow, Results
+from .rows import OURS, STOCK_SDPA, AttentionRow, ModelRow, NumericsRow, Results, reaches
 from .timing import Timing
 
 # Two timings this close are even; so are less close ones that overlap between their 20th and 80th percentiles.
@@ -39,6 +39,7 @@ def tables(results: Results) -> list[Table]:
     made = [
         *map(machine_table, results.machines),
         ceilings_table(results.of(Ceilings)),
+        floors_table(results.of(AttentionRow)),
         *attention_tables(results.of(AttentionRow)),
         model_table(results.of(ModelRow)),
         *numerics_tables(results.of(NumericsRow)),
@@ -62,24 +63,47 @@ def machine_table(machine: Machine) -> Table:
 
 
 def ceilings_table(ceilings: Sequence[Ceilings]) -> Table:
+    units, dtypes = (list(dict.fromkeys(name for c in ceilings for name in found(c))) for found in (_units, _dtypes))
     rows = [
         [
             Cell(c.device_type),
             Cell(str(c.threads)),
-            Cell(f"{c.bandwidth / 1e9:.4g}"),
-            *(Cell(f"{rate / 1e9:,.4g}") for rate in c.matmul.values()),
+            Cell(c.level or NONE),
+            *(_billions(c.units.get(unit)) for unit in units),
+            _billions(c.read),
+            _billions(c.bandwidth),
+            *(_billions(c.matmul.get(dtype)) for dtype in dtypes),
         ]
         for c in ceilings
     ]
-    dtypes = ceilings[0].matmul if ceilings else {}
-    columns = ("device", "threads", "copy GB/s (read + write)", *(f"matmul {dtype} GFLOP/s" for dtype in dtypes))
-    return Table("Ceilings, measured in this run", columns, rows)
+    columns = (
+        "device",
+        "threads",
+        "level",
+        *(f"{unit} GFLOP/s" for unit in units),
+        "read GB/s",
+        "copy GB/s (read + write)",
+        *(f"matmul {dtype} GFLOP/s" for dtype in dtypes),
+    )
+    note = "Level: the native kernels' instruction set, whose units and reads these are; a case's reads are measured "
+    return Table("Ceilings, measured in this run", columns, rows, note + "at its own working set.")
 
 
-def verdict(ours: Timing, other: Timing) -> str:
-    """Ours is "faster", "slower" or "even"."""
+def _units(ceilings: Ceilings) -> Iterable[str]:
+    return ceilings.units
+
+
+def _dtypes(ceilings: Ceilings) -> Iterable[str]:
+    return ceilings.matmul
+
+
+def _billions(rate: float | None) -> Cell:
+    return Cell(NONE, "quiet") if rate is None else Cell(f"{rate / 1e9:,.4g}")
+
+
+def verdict(ratio: float, ours: Timing, other: Timing) -> str:
+    """At this ratio of the other's time to ours, ours is "faster", "slower" or "even"."""
     overlap = ours.p20 <= other.p80 and other.p20 <= ours.p80
-    ratio = other.median / ours.median
     if abs(ratio - 1.0) < (EVEN_OVERLAPPING_WITHIN if overlap else EVEN_WITHIN):
         return "even"
     return "faster" if ratio > 1.0 else "slower"
@@ -91,47 +115,113 @@ def attention_tables(rows: Sequence[AttentionRow]) -> list[Table]:
     for threads in sorted({row.threads for row in rows}):
         chosen = [row for row in rows if row.threads == threads]
         others = list(dict.fromkeys(row.peer for row in chosen if row.peer != OURS))
+        ceilings = list(dict.fromkeys(name for row in chosen if row.is_ours for name in row.shares))
         cases = [list(group) for _, group in groupby(chosen, key=lambda row: row.case)]
         columns = (
             "case",
             f"{OURS} ms",
             "backend",
             *(f"{name} ms" for name in others),
-            "speed-up",
+            "SDPA's / ours",
+            "at least",
+            *(["fastest peer's / ours"] if len(others) > 1 else []),
             "GFLOP/s",
-            "of ceiling",
+            *(f"of {name}" for name in ceilings),
+            "peak MB",
+            "error / SDPA's",
         )
         made.append(
             Table(
-                f"Attention, {threads} thread{'s' * (threads > 1)}",
-                (*columns, "peak MB", "error / eager's"),
-                [_attention_cells(case, others) for case in cases],
-                "Medians. Speed-up: the fastest peer's time over ours. Of ceiling: the least time that this run's "
-                "ceilings allow, over ours. * marks the backend that plain scaled_dot_product_attention picks, ! an "
-                f"error beyond our contract, {NONE} what did not run or was not timed (results.jsonl says why).",
+                f"Attention, {threads} thread{'s' * (threads > 1)}{floors_met(chosen)}",
+                columns,
+                [_attention_cells(case, others, ceilings) for case in cases],
+                "Times are medians, the ratio to SDPA as plain scaled_dot_product_attention chooses it (*) the median "
+                "over interleaved rounds. At least: what the native kernels must reach on one thread of a machine with "
+                "AMX. Of ...: the share of this run's ceilings. Error: the largest to float64, in the tensor where it "
+                "is largest next to SDPA's. ! marks an error beyond our contract, "
+                f"{NONE} what did not run or was not timed (results.jsonl says why).",
             )
         )
     return made
 
 
-def _attention_cells(rows: Sequence[AttentionRow], others: Iterable[str]) -> list[Cell]:
+def floors_table(rows: Sequence[AttentionRow]) -> Table:
+    """One row for each family of cases and its floor: the ratios to SDPA by length, with each number of threads."""
+    promised = [row for row in rows if row.is_ours and row.floor is not None]
+    threads = sorted({row.threads for row in promised})
+    families = dict.fromkeys((row.family, row.floor) for row in promised)
+    cells = []
+    for family, floor in families:
+        found = [row for row in promised if (row.family, row.floor) == (family, floor)]
+        ratios = [_ratios_cell([row for row in found if row.threads == count]) for count in threads]
+        lengths = dict.fromkeys(str(row.length) for row in found)
+        cells.append([Cell(family), Cell(" ".join(lengths)), Cell(f"{floor:g}x"), *ratios])
+    columns = ("what", "lengths", "at least", *(f"{count} thread{'s' * (count > 1)}" for count in threads))
+    levels = ", ".join(sorted({row.level or "none" for row in promised}))
+    note = (
+        "SDPA's time over ours, length by length; red where one of them misses its floor. Floors are for one thread of "
+        f"a machine with AMX; the native kernels' level here: {levels}."
+    )
+    return Table("Floors", columns, cells, note)
+
+
+def _ratios_cell(rows: Sequence[AttentionRow]) -> Cell:
+    texts = [NONE if row.ratio is None else f"{row.ratio:.2f}" for row in rows]
+    missed = sum(not row.met for row in rows)
+    return Cell(" ".join(texts) + (f" ({missed} MISSED)" if missed else ""), _tone(not missed))
+
+
+def floors_met(rows: Iterable[AttentionRow | ModelRow]) -> str:
+    """How many of the floors are reached, for a title; "" where there is none."""
+    met = [row.met for row in rows if row.met is not None]
+    return f": {sum(met)} of {len(met)} floors met" if met else ""
+
+
+def _attention_cells(rows: Sequence[AttentionRow], others: Sequence[str], ceilings: Iterable[str]) -> list[Cell]:
     by_peer = {row.peer: row for row in rows}
     ours = by_peer[OURS]
-    best = by_peer.get(ours.best_peer)
-    speedup = Cell(NONE)
-    if ours.speedup is not None and ours.timing is not None and best is not None and best.timing is not None:
-        speedup = _speedup_cell(ours.speedup, verdict(ours.timing, best.timing))
+    default = next((row for row in rows if row.is_default), None)
     return [
         Cell(ours.case),
         _timing_cell(ours) if ours.status == "ok" else Cell(ours.status.upper(), "bad"),
-        Cell(ours.backend),
-        *(_timing_cell(by_peer[name]) if name in by_peer else Cell(NONE) for name in others),
-        speedup,
+        Cell(f"{ours.backend} {ours.level}".strip()),
+        *(_timing_cell(by_peer[name]) if name in by_peer else Cell(NONE, "quiet") for name in others),
+        _ratio_cell(ours, default),
+        Cell(NONE, "quiet") if ours.floor is None else Cell(f"{ours.floor:g}x"),
+        *([_ratio_to(ours, by_peer.get(ours.best_peer), ours.speedup)] if len(others) > 1 else []),
         Cell(f"{ours.flops / ours.timing.median / 1e9:,.4g}" if ours.timing else NONE),
-        Cell(f"{ours.ceiling_share:.0%}" if ours.ceiling_share is not None else NONE),
+        *(_share_cell(ours, name) for name in ceilings),
         Cell(_megabytes(ours.peak_bytes)),
-        _error_cell(ours),
+        _error_cell(ours, default),
     ]
+
+
+def _ratio_cell(ours: AttentionRow | ModelRow, other: AttentionRow | ModelRow | None) -> Cell:
+    """Against the floor where there is one."""
+    if ours.floor is None:
+        return _ratio_to(ours, other, ours.ratio)
+    ratio = NONE if ours.ratio is None else f"{ours.ratio:.2f}x"
+    if reaches(ours.ratio, ours.floor, ours.level):
+        return Cell(f"{ratio} met", "good")
+    return Cell(f"{ratio} MISSED", "bad")
+
+
+def _ratio_to(ours: AttentionRow | ModelRow, other: AttentionRow | ModelRow | None, ratio: float | None) -> Cell:
+    if ratio is None or ours.timing is None or other is None or other.timing is None:
+        return Cell(NONE, "quiet")
+    return _speedup_cell(ratio, verdict(ratio, ours.timing, other.timing))
+
+
+def _share_cell(ours: AttentionRow, name: str) -> Cell:
+    share = ours.shares.get(name)
+    text = NONE if share is None else f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+    if name != "read" or ours.read_floor is None:
+        return Cell(text, "" if share else "quiet")
+    return Cell(f"{text} of {ours.read_floor:.0%} {'met' if ours.reads_enough else 'MISSED'}", _tone(ours.reads_enough))
+
+
+def _tone(is_good: bool) -> str:
+    return "good" if is_good else "bad"
 
 
 def _speedup_cell(speedup: float, outcome: str) -> Cell:
@@ -147,11 +237,16 @@ def _timing_cell(row: AttentionRow) -> Cell:
     return Cell(f"{1e3 * row.timing.median:.3g}{graph}{marks}")
 
 
-def _error_cell(row: AttentionRow) -> Cell:
-    if row.error is None or row.eager_error is None:
+def _error_cell(ours: AttentionRow, sdpa: AttentionRow | None) -> Cell:
+    """Where SDPA does not run, next to the error of torch's eager operations."""
+    tone = "bad" if ours.within_contract is False else ""
+    if sdpa is not None and ours.errors.keys() & sdpa.errors.keys():
+        errors = {name: (error, sdpa.errors[name]) for name, error in ours.errors.items()}
+        error, theirs = max(errors.values(), key=lambda pair: pair[0] / max(pair[1], 1e-30))
+        return Cell(f"{error:.1e} / {theirs:.1e}", tone)
+    if ours.error is None or ours.eager_error is None:
         return Cell(NONE, "quiet")
-    tone = "bad" if row.within_contract is False else ""
-    return Cell(f"{row.error:.1e} / {row.eager_error:.1e}", tone)
+    return Cell(f"{ours.error:.1e} / eager's {ours.eager_error:.1e}", tone)
 
 
 def _megabytes(count: int | None) -> str:
@@ -160,44 +255,47 @@ def _megabytes(count: int | None) -> str:
 
 def model_table(rows: Sequence[ModelRow]) -> Table:
     columns = (
+        "workload",
         "dtype",
         "threads",
         "variant",
         "tokens/s",
-        "speed-up",
+        "stock's time / ours",
+        "at least",
+        "faster stock's / ours",
+        "attention's share",
         "peak MB",
         "largest difference to stock fp32",
         "error to float64",
         "backend",
     )
-    shares = [f"{row.attention_share:.0%} in {row.dtype}" for row in rows if row.attention_share is not None]
-    first = rows[0] if rows else None
-    note = f"{first.model}, real tokens a second, padding not counted. " if first else ""
-    note += "Speed-up: over the faster of the stock variants. "
-    if shares:
-        note += (
-            f"Attention's share of the stock model's time ({', '.join(dict.fromkeys(shares))}) bounds what it can gain."
-        )
-    return Table("The main job", columns, [_model_cells(row, rows) for row in rows], note)
+    note = (
+        f"{rows[0].model if rows else ''}; real tokens a second, padding not counted. Stock: with torch's SDPA. "
+        "Attention's share of its time bounds the gain: with attention for nothing it would be 1 / (1 - share)."
+    )
+    return Table(f"The main job{floors_met(rows)}", columns, [_model_cells(row, rows) for row in rows], note)
 
 
 def _model_cells(row: ModelRow, rows: Sequence[ModelRow]) -> list[Cell]:
-    speedup = Cell(NONE, "quiet")
-    if row.speedup is not None and row.timing is not None:
-        group = [r for r in rows if (r.dtype, r.threads) == (row.dtype, row.threads) and r.variant.startswith("stock")]
-        best = min((r.timing for r in group if r.timing is not None), key=lambda timing: timing.median)
-        speedup = _speedup_cell(row.speedup, verdict(row.timing, best))
+    group = [r for r in rows if (r.workload, r.dtype, r.threads) == (row.workload, row.dtype, row.threads)]
+    stock = [r for r in group if not r.is_ours and r.timing is not None]
+    sdpa = next((r for r in stock if r.variant == STOCK_SDPA), None)
+    fastest = min(stock, key=lambda r: r.timing.median if r.timing else 0.0, default=None)
     bad = "bad" if row.status in ("wrong", "failed") else ""
     return [
+        Cell(f"{row.workload} ({row.texts} texts)" if row.texts else row.workload),
         Cell(row.dtype),
-        Cell(str(row.threads)),
+        Cell(str(row.threads or NONE)),
         Cell(row.variant),
         Cell(f"{row.tokens_per_second:,.0f}" if row.tokens_per_second is not None else row.status.upper(), bad),
-        speedup,
+        _ratio_cell(row, sdpa) if row.is_ours else Cell(NONE, "quiet"),
+        Cell(f"{row.floor:g}x") if row.is_ours and row.floor is not None else Cell(NONE, "quiet"),
+        _ratio_to(row, fastest, row.speedup),
+        Cell(NONE, "quiet") if row.attention_share is None else Cell(f"{row.attention_share:.0%}"),
         Cell(_megabytes(row.peak_bytes)),
         Cell(NONE if row.difference is None else f"{row.difference:.1e}"),
         Cell(NONE if row.error is None else f"{row.error:.1e}", bad),
-        Cell(row.backend),
+        Cell(f"{row.backend} {row.level}".strip()),
     ]
 
 

@@ -11,7 +11,7 @@ from .tables import Table
 
 HAS_RICH = importlib.util.find_spec("rich") is not None
 STYLES = {"good": "green", "bad": "bold red", "quiet": "dim", "": ""}
-WIDTH_OF_A_FILE = 200  # where output goes to a file or pipe, wrapping would only hurt
+WIDTH_OF_A_FILE = 260  # where output goes to a file or pipe, wrapping would only hurt
 
 
 class Terminal:

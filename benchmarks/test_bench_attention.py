@@ -13,7 +13,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .attention import judged
 from .cases import AttentionCase, selected
-from .peers import Peer, peers, subject, without
+from .options import Options
+from .peers import peers, subject, without
 from .timing import Call, CpuStopwatch, repeats_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,9 +22,10 @@ FULL = os.environ.get("FULL") == "1"
 ROUNDS = 7
 
 
-@pytest.mark.parametrize("peer", peers(DEVICE, compiled=FULL), ids=lambda peer: peer.name.replace(" ", "-"))
-@pytest.mark.parametrize("case", selected(DEVICE, FULL), ids=lambda case: case.name)
-def test_attention(benchmark: BenchmarkFixture, case: AttentionCase, peer: Peer) -> None:
+@pytest.mark.parametrize("name", [peer.name for peer in peers(DEVICE, compiled=FULL)])
+@pytest.mark.parametrize("case", selected(Options(DEVICE, FULL)), ids=lambda case: case.name)
+def test_attention(benchmark: BenchmarkFixture, case: AttentionCase, name: str) -> None:
+    peer = next(peer for peer in peers(DEVICE, FULL, case.is_decode) if peer.name == name)
     benchmark.group = case.name
     given = case.inputs(DEVICE)
     timed = without(given, "seed")

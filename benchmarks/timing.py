@@ -86,8 +86,8 @@ def stopwatch_for(device_type: str) -> Stopwatch:
     return CudaStopwatch() if device_type == "cuda" else CpuStopwatch()
 
 
-def measure(subjects: Mapping[str, Subject], stopwatch: Stopwatch, budget: float) -> dict[str, Timing]:
-    """Times every subject in turn, round after round and the other way around in every second one.
+def measure(subjects: Mapping[str, Subject], stopwatch: Stopwatch, budget: float) -> dict[str, list[float]]:
+    """The seconds of every subject, timed in turn, round after round, the other way around in every second one.
 
     Each gets ``budget`` seconds, at most four times that until it has enough samples, and at least one sample: one far
     slower than the others leaves early. One call of each goes before, to warm up and to tell how often to repeat it.
@@ -111,7 +111,7 @@ def measure(subjects: Mapping[str, Subject], stopwatch: Stopwatch, budget: float
             samples[name].append(seconds)
             spent[name] += seconds * repeats[name]
         active = [name for name in reversed(active) if goes_on(name)]
-    return {name: summary(values) for name, values in samples.items()}
+    return samples
 
 
 def repeats_for(once: float, stopwatch: Stopwatch) -> int:
@@ -134,6 +134,11 @@ def summary(samples: Sequence[float]) -> Timing:
         return Timing(samples[0], samples[0], samples[0], 1)
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
     return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples))
+
+
+def paired_ratio(samples: Sequence[float], ours: Sequence[float]) -> float:
+    """The median over the rounds of what was sampled over ours of the same round, so that no drift enters."""
+    return statistics.median(other / own for other, own in zip(samples, ours, strict=False))
 
 
 def graph_seconds(call: Call, calls: int = 20, replays: int = 20) -> float | None:

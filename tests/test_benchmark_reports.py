@@ -19,26 +19,33 @@ from benchmarks import report, rows, run, tables, terminal
 from benchmarks.cases import selected
 from benchmarks.ceilings import Ceilings
 from benchmarks.machine import ROOT, Machine, find_machine
+from benchmarks.options import Options
 from benchmarks.rows import OURS, AttentionRow, ModelRow, NumericsRow, Results, Writer, read
 from benchmarks.timing import Timing
 
 CEILINGS = Ceilings("cpu", 1, 1e10, {"fp32": 1e11, "fp16": 1e9, "bf16": 2e11})
 TIMING = Timing(2e-3, 1.9e-3, 2.1e-3, 7)
 MACHINE = Machine("2026-01-02T03:04:05+00:00", "0123456789ab", "a card", "cpu", "AVX2", 2, 0.1, {"torch": "2.13"}, "")
+NATIVE_CEILINGS = replace(CEILINGS, threads=2, level="amx", units={"AMX": 2e12, "FMA": 1e11}, read=3e10)
 SLOW = AttentionRow(
     "a|case", OURS, "fp32", "forward", "fp32 forward, dense, head dim 8", 16, 1e6, 1000, "2 of 2 heads", 1,
     timing=replace(TIMING, median=4e-3, p20=3.9e-3, p80=4.1e-3), error=1e-6, eager_error=1e-6, within_contract=True,
-    best_peer="sdpa flash", speedup=0.5, backend="reference", explanation="torch refuses: <why>",
+    best_peer="sdpa flash", speedup=0.5, ratio=0.5, backend="reference", explanation="torch refuses: <why>",
+    shares={"FMA": 0.25, "read": 0.004}, errors={"out": 1e-6},
 )  # fmt: skip
-FLASH = replace(SLOW, peer="sdpa flash", timing=TIMING, best_peer="", speedup=None, is_default=True, backend="")
+FLASH = replace(
+    SLOW, peer="sdpa flash", timing=TIMING, best_peer="", speedup=None, ratio=None, is_default=True, backend=""
+)
+FLASH = replace(FLASH, errors={"out": 4e-6})
 WRONG = replace(SLOW, case="wrong case", status="wrong", reason="too far", timing=None, within_contract=False)
 MODEL = ModelRow(
-    "a model", "stock sdpa", "fp32", 8, 100, 160, 1_000_000, 1e-7, 1e-7, 0.25, 1,
+    "a model", "16 x 256", "stock sdpa", "fp32", 8, 100, 160, 1_000_000, 1e-7, 1e-7, 0.25, 1,
     timing=TIMING, tokens_per_second=5e4,
 )  # fmt: skip
-FUSED = replace(MODEL, variant="fused", speedup=1.5, timing=replace(TIMING, median=1.3e-3, p20=1.2e-3, p80=1.4e-3))
+FUSED = replace(MODEL, variant="fused", speedup=1.5, ratio=1.5, floor=1.1, backend="cpu", level="amx")
+FUSED = replace(FUSED, timing=replace(TIMING, median=1.3e-3, p20=1.2e-3, p80=1.4e-3))
 NUMBERS = NumericsRow("plain-B2", "bf16", "torch", "wrong", "too far", "grad query", 0.5, 0.1)
-EVERY: list[rows.Row] = [CEILINGS, SLOW, FLASH, WRONG, MODEL, FUSED, NUMBERS]
+EVERY: list[rows.Row] = [CEILINGS, NATIVE_CEILINGS, SLOW, FLASH, WRONG, MODEL, FUSED, NUMBERS]
 
 
 def stored(folder: Path, entries: list[Any]) -> Results:
@@ -82,13 +89,70 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
 def test_what_loses_or_is_wrong_is_shown_as_bad() -> None:
     (table,) = tables.attention_tables([SLOW, FLASH, WRONG])
     slow, wrong = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert slow["speed-up"] == tables.Cell("0.50x slower", "bad")
+    assert slow["SDPA's / ours"] == tables.Cell("0.50x slower", "bad")
+    assert (slow["of FMA"].text, slow["of read"].text) == ("25%", "0.4%")
+    assert slow["error / SDPA's"].text == "1.0e-06 / 4.0e-06"
     assert slow["backend"].text == "reference"
     assert slow["sdpa flash ms"].text == "2*"
     assert wrong[f"{OURS} ms"] == tables.Cell("WRONG", "bad")
     assert wrong["GFLOP/s"].text == tables.NONE
     (numbers,) = tables.numerics_tables([NUMBERS])
     assert numbers.rows[0][1].tone == "bad"
+
+
+def cells(*given: AttentionRow) -> dict[str, tables.Cell]:
+    (table,) = tables.attention_tables(given)
+    return dict(zip(table.columns, table.rows[0], strict=True))
+
+
+def test_a_floor_is_met_or_missed_in_red() -> None:
+    native = replace(SLOW, backend="cpu", level="avx2", floor=2.0)
+    shown = cells(replace(native, ratio=2.0), FLASH)
+    assert (shown["SDPA's / ours"], shown["at least"].text) == (tables.Cell("2.00x met", "good"), "2x")
+    assert shown["backend"].text == "cpu avx2"
+    assert cells(replace(native, ratio=1.99), FLASH)["SDPA's / ours"] == tables.Cell("1.99x MISSED", "bad")
+    other = replace(native, ratio=9.0, backend="torch", level="")
+    assert cells(other, FLASH)["SDPA's / ours"] == tables.Cell("9.00x MISSED", "bad")  # no kernel of ours
+    failed = replace(native, status="failed", timing=None, ratio=None)
+    assert cells(failed, FLASH)["SDPA's / ours"] == tables.Cell(f"{tables.NONE} MISSED", "bad")
+
+
+def test_a_share_of_the_reads_can_be_a_floor_too() -> None:
+    decode = replace(SLOW, backend="cpu", level="avx2", floor=2.0, ratio=3.0, read_floor=0.8, shares={"read": 0.81})
+    assert decode.met is True
+    assert cells(decode, FLASH)["of read"] == tables.Cell("81% of 80% met", "good")
+    slow = replace(decode, shares={"read": 0.5})
+    assert slow.met is False
+    assert cells(slow, FLASH)["of read"] == tables.Cell("50% of 80% MISSED", "bad")
+
+
+def test_the_title_counts_the_floors() -> None:
+    native = replace(SLOW, backend="cpu", level="avx2", floor=2.0)
+    (table,) = tables.attention_tables([native, FLASH, replace(native, case="b", ratio=3.0), SLOW])
+    assert table.title == "Attention, 1 thread: 1 of 2 floors met"
+    (table,) = tables.attention_tables([SLOW, FLASH])
+    assert table.title == "Attention, 1 thread"
+
+
+def test_a_model_that_was_not_run_misses_its_floor() -> None:
+    absent = ModelRow("a model", "16 x 256", "fused", "bf16", status="not run", reason="too slow", floor=1.1)
+    table = tables.model_table([MODEL, FUSED, absent])
+    assert table.title == "The main job: 1 of 2 floors met"
+    shown = dict(zip(table.columns, table.rows[2], strict=True))
+    assert shown["stock's time / ours"] == tables.Cell(f"{tables.NONE} MISSED", "bad")
+    assert (shown["tokens/s"].text, shown["threads"].text) == ("NOT RUN", tables.NONE)
+
+
+def test_floors_are_summed_up_by_what_they_are_for() -> None:
+    native = replace(SLOW, backend="cpu", level="avx2", floor=2.0)
+    sweep = [replace(native, length=n, ratio=ratio, threads=t) for n, ratio in ((8, 1.5), (16, 2.5)) for t in (1, 2)]
+    small = replace(native, floor=0.8, length=1, ratio=0.9)
+    table = tables.floors_table([FLASH, *sweep, small, SLOW])
+    assert table.columns == ("what", "lengths", "at least", "1 thread", "2 threads")
+    assert [cell.text for cell in table.rows[0]] == [SLOW.family, "8 16", "2x", *["1.50 2.50 (1 MISSED)"] * 2]
+    assert table.rows[0][3].tone == "bad"
+    assert table.rows[1][2:4] == [tables.Cell("0.8x"), tables.Cell("0.90", "good")]
+    assert "level here: avx2" in table.note
 
 
 def test_the_report_holds_every_table_and_plot(tmp_path: Path) -> None:
@@ -98,7 +162,8 @@ def test_the_report_holds_every_table_and_plot(tmp_path: Path) -> None:
         "a card",
         "a\\|case",
         "🔴 **0.50x slower**",
-        "1.50x faster",
+        "1.50x met",
+        "AMX GFLOP/s",
         "🔴 **WRONG**",
         "plain-B2",
         "0123456789ab",
@@ -155,14 +220,15 @@ def test_the_machine_is_described() -> None:
 
 
 def test_verdict_needs_a_difference_beyond_the_scatter() -> None:
-    def at(median: float, scatter: float) -> Timing:
-        return Timing(median, median - scatter, median + scatter, 9)
+    def verdict(ours: float, other: float, scatter: float) -> str:
+        timings = (Timing(median, median - scatter, median + scatter, 9) for median in (ours, other))
+        return tables.verdict(other / ours, *timings)
 
-    assert tables.verdict(at(1.0, 0.01), at(1.5, 0.01)) == "faster"
-    assert tables.verdict(at(1.5, 0.01), at(1.0, 0.01)) == "slower"
-    assert tables.verdict(at(1.05, 0.1), at(1.0, 0.1)) == "even"
-    assert tables.verdict(at(1.05, 0.001), at(1.0, 0.001)) == "slower"
-    assert tables.verdict(at(2.0, 1.5), at(1.0, 1.5)) == "slower"
+    assert verdict(1.0, 1.5, 0.01) == "faster"
+    assert verdict(1.5, 1.0, 0.01) == "slower"
+    assert verdict(1.05, 1.0, 0.1) == "even"
+    assert verdict(1.05, 1.0, 0.001) == "slower"
+    assert verdict(2.0, 1.0, 1.5) == "slower"
 
 
 # The commands
@@ -181,7 +247,7 @@ def test_the_benchmark_runs_from_the_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = read(tmp_path)
     cases = {row.case for row in found.of(AttentionRow)}
-    assert cases == {case.name for case in selected("cpu", full=False, pattern="fp32", quick=True)}
+    assert cases == {case.name for case in selected(Options("cpu", quick=True, pattern="fp32"))}
     assert {row.status for row in found.of(AttentionRow) if row.is_ours} == {"ok"}
     assert "Attention, 1 thread" in done.stdout
     assert {"report.md", "report.html", rows.FILE_NAME} <= {path.name for path in tmp_path.iterdir()}

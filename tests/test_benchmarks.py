@@ -14,23 +14,15 @@ from torch import Tensor
 import fusedformer
 from benchmarks import memory, minilm, peers, run, timing
 from benchmarks.attention import attention_rows
-from benchmarks.cases import (
-    ATTENTION,
-    DIRECTIONS,
-    MINIATURES,
-    AttentionCase,
-    flops,
-    moved_bytes,
-    selected,
-    visible_pairs,
-)
-from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.cases import MINIATURES, AttentionCase
+from benchmarks.ceilings import Ceilings
 from benchmarks.gate import Gate
 from benchmarks.numerics import numerics_rows
 from benchmarks.options import Options
 from benchmarks.rows import OURS
-from benchmarks.timing import CpuStopwatch, Subject, Timing, measure, summary
+from benchmarks.timing import CpuStopwatch, Subject, Timing, measure, paired_ratio, summary
 from fusedformer import functional as F
+from fusedformer.kernels.common import native
 from tests.cases import Case
 
 CEILINGS = Ceilings("cpu", 1, 1e10, {"fp32": 1e11, "fp16": 1e9, "bf16": 2e11})
@@ -58,7 +50,8 @@ class FakeStopwatch:
 def measured(seconds: dict[str, float], budget: float, shortest: float = 0.0) -> tuple[dict[str, Timing], list[Any]]:
     stopwatch = FakeStopwatch(seconds, shortest)
     subjects = {name: Subject(lambda name=name: name) for name in seconds}  # type: ignore[misc]
-    return measure(subjects, stopwatch, budget), stopwatch.order
+    samples = measure(subjects, stopwatch, budget)
+    return {name: summary(values) for name, values in samples.items()}, stopwatch.order
 
 
 def test_subjects_are_timed_in_turn_and_in_turned_order() -> None:
@@ -120,86 +113,12 @@ def test_summary_gives_median_and_percentiles() -> None:
     assert summary([4.0]) == Timing(4.0, 4.0, 4.0, 1)
 
 
-# Cases and formulas
+def test_a_ratio_compares_samples_of_the_same_round() -> None:
+    assert paired_ratio([2.0, 4.0, 60.0], [1.0, 2.0, 20.0]) == 2.0  # the machine was slow in the third
+    assert paired_ratio([3.0], [1.0, 2.0, 20.0]) == 3.0  # and the other left early
 
 
-def test_cases_are_distinct_and_of_sound_shape() -> None:
-    for device_type in ("cpu", "cuda"):
-        everything = selected(device_type, full=True)
-        assert len({case.name for case in everything}) == len(everything) > len(selected(device_type, full=False)) > 10
-    for case in (*ATTENTION, *MINIATURES):
-        assert case.heads % (case.heads_kv or case.heads) == 0, case.name
-        assert not case.is_causal or case.len_k is None, case.name
-        assert case.batch > 1 or not case.key_padding, case.name
-
-
-def test_selection_is_by_name() -> None:
-    assert {case.dtype for case in selected("cpu", full=True, pattern="^bf16.*causal")} == {"bf16"}
-    assert selected("cpu", full=True, pattern="no such case") == []
-    assert len(selected("cpu", full=False, quick=True)) == len(MINIATURES)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [({"dtype": "fp8"}, "dtype: got 'fp8'"), ({"direction": "up"}, "direction: got 'up'")],
-)
-def test_a_bad_case_is_refused(given: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(TINY, **given)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        TINY,
-        AttentionCase("fp32", 3, 2, 7, 8, key_padding=True),
-        AttentionCase("fp32", 3, 4, 9, 8, heads_kv=2, is_causal=True, key_padding=True),
-        AttentionCase("fp32", 1, 2, 3, 8, len_k=11),
-    ],
-    ids=lambda case: case.name,
-)
-def test_visible_pairs_are_those_of_the_mask_written_out(case: AttentionCase) -> None:
-    inputs = case.inputs("cpu")
-    visible = torch.ones(case.batch, case.heads, case.len_q, inputs.key.size(2), dtype=torch.bool)
-    if case.is_causal:
-        visible = visible.tril()
-    if case.key_padding:
-        visible = visible & inputs.options["key_mask"][:, None, None]
-    assert visible_pairs(inputs) == int(visible.sum())
-
-
-def test_work_is_counted_by_formula() -> None:
-    case = AttentionCase("bf16", 2, 4, 5, 8, heads_kv=2, len_k=7)
-    inputs = case.inputs("cpu")
-    forward = 4 * 2 * 4 * 5 * 7 * 8
-    query, key, value, out = 2 * 4 * 5 * 8, 2 * 2 * 7 * 8, 2 * 2 * 7 * 8, 2 * 4 * 5 * 8
-    expected_bytes = {
-        "forward": 2 * (query + key + value + out),
-        "backward": 2 * (2 * (query + key + value) + 2 * out),
-    }
-    expected_bytes["forward+backward"] = sum(expected_bytes.values())
-    assert [flops(inputs, d) for d in DIRECTIONS] == [forward, 2.5 * forward, 3.5 * forward]
-    assert {d: moved_bytes(inputs, d) for d in DIRECTIONS} == expected_bytes
-
-
-def test_a_float_mask_is_read_and_its_gradient_written() -> None:
-    plain = AttentionCase("fp32", 2, 2, 5, 8)
-    biased = replace(plain, mask="float 1HLS")
-    mask = 4 * 2 * 5 * 5
-    difference = [moved_bytes(biased.inputs("cpu"), d) - moved_bytes(plain.inputs("cpu"), d) for d in DIRECTIONS]
-    assert difference == [mask, 2 * mask, 3 * mask]
-
-
-def test_the_ceiling_is_the_slower_of_work_and_traffic() -> None:
-    assert CEILINGS.seconds("fp32", 1e11, 1.0) == 1.0
-    assert CEILINGS.seconds("fp32", 1.0, 2e10) == 2.0
-    assert CEILINGS.seconds("fp16", 1e11, 1.0) == 1.0  # computed in fp32, it need not be slower
-
-
-def test_ceilings_are_measured() -> None:
-    found = measure_ceilings("cpu", quick=True)
-    assert found.matmul.keys() == {"fp32", "fp16", "bf16"}
-    assert all(1e6 < rate < 1e15 for rate in (found.bandwidth, *found.matmul.values()))
+# Memory
 
 
 def test_peak_memory_is_what_was_held_at_once() -> None:
@@ -244,7 +163,7 @@ def test_every_peer_computes_the_case(case: AttentionCase) -> None:
     inputs = case.inputs("cpu")
     gate = Gate(inputs, case.direction)
     ran = []
-    for peer in peers.peers("cpu", compiled=False):
+    for peer in peers.peers("cpu", compiled=False, is_decode=case.is_decode):
         try:
             found = peers.results(peer, inputs, case.direction)
         except peers.PeerFailed:
@@ -291,10 +210,11 @@ def gradient_lost(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
 @pytest.mark.parametrize("wrong", [scaled, not_causal, not_a_number, gradient_lost])
 def test_a_wrong_result_is_not_timed(wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "attention", wrong)
-    case = replace(TINY, direction="forward+backward")
+    case = replace(TINY, direction="forward+backward", floor=1e-6)
     ours, *others = attention_rows(case, QUICK, [CEILINGS])
     assert (ours.peer, ours.status, ours.within_contract, ours.timing) == (OURS, "wrong", False, None)
     assert ours.reason
+    assert ours.met is False
     assert all(row.timing is not None for row in others)
 
 
@@ -322,15 +242,35 @@ def test_a_right_result_is_timed_next_to_its_peers() -> None:
     assert ours.timing is not None
     assert best.timing is not None
     assert (ours.best_peer, ours.speedup) == (best.peer, best.timing.median / ours.timing.median)
-    assert ours.ceiling_share == CEILINGS.seconds("fp32", ours.flops, ours.moved_bytes) / ours.timing.median
+    assert ours.shares.keys() == {"matmul", "copy"}
+    assert ours.ratio is not None
+    assert ours.level == (native.level() if ours.backend == "cpu" else "")
+    assert (list(ours.errors), ours.met) == (["out"], None)
     assert [row.peer for row in found if row.is_default] == ["sdpa flash"]
+
+
+def test_by_default_torch_s_choice_alone_is_compared_with() -> None:
+    found = attention_rows(TINY, Options("cpu"), [CEILINGS])
+    assert [row.peer for row in found] == [OURS, "sdpa flash"]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gate_samples_the_rows_of_a_long_forward(is_causal: bool) -> None:
+    case = AttentionCase("fp32", 1, 2, 1040, 8, is_causal=is_causal)
+    inputs = case.inputs("cpu")
+    gate = Gate(inputs, case.direction)
+    assert gate.checked == "1 of 2 heads, 512 of 1040 rows"
+    found = peers.results(peers.ours("torch"), inputs, case.direction)
+    assert gate.judge(found).wrong is None
+    found["out"][0, 0, -1, 0] += 1.0
+    assert "out" in str(gate.judge(found).wrong)
 
 
 @pytest.mark.parametrize("case", MINIATURES, ids=lambda case: case.name)
 def test_gate_finds_one_wrong_element(case: AttentionCase) -> None:
     inputs = peers.without(case.inputs("cpu"), "seed", "dropout_p")
     gate = Gate(inputs, case.direction)
-    found = peers.results(peers.ours(), inputs, case.direction)
+    found = peers.results(peers.ours(is_decode=case.is_decode), inputs, case.direction)
     assert gate.judge(found).wrong is None
     for name, tensor in found.items():
         spoilt = tensor.clone()
@@ -362,19 +302,43 @@ def test_numerics_judges_each_backend() -> None:
 def test_the_main_job_compares_the_model_with_itself_fused() -> None:
     assert minilm.missing() is None
     steps: list[str] = []
-    found = {row.variant: row for row in minilm.model_rows(QUICK, [CEILINGS], steps.append)}
-    assert list(found) == ["stock eager", "stock sdpa", "fused"]
-    assert len(steps) == 1
-    fused, eager = found["fused"], found["stock eager"]
-    assert fused.status == "ok"
-    assert "swapped" in fused.report
-    assert fused.backend in fusedformer.backends().present()
-    assert eager.difference == 0.0
-    assert 0.0 < fused.error < 1e-5
-    assert fused.tokens < fused.padded_tokens
-    assert 0.0 < fused.attention_share < 1.0
-    assert fused.timing is not None
-    assert fused.tokens_per_second == fused.tokens / fused.timing.median
+    rows = list(minilm.model_rows(QUICK, [CEILINGS], steps.append))
+    assert len(steps) == minilm.steps(QUICK) == 2
+    for workload in ("sentences", "16 x 256"):
+        found = {row.variant: row for row in rows if row.workload == workload}
+        assert list(found) == ["stock eager", "stock sdpa", "fused"]
+        fused, eager = found["fused"], found["stock eager"]
+        assert fused.status == "ok"
+        assert "swapped" in fused.report
+        assert fused.backend in fusedformer.backends().present()
+        assert (fused.floor, eager.floor) == (None if workload == "sentences" else 1.1, None)
+        assert eager.difference == 0.0
+        assert fused.error is not None
+        assert 0.0 < fused.error < 1e-5
+        assert (fused.tokens < fused.padded_tokens) == (workload == "sentences")
+        assert fused.attention_share is not None
+        assert 0.0 < fused.attention_share < 1.0
+        assert fused.timing is not None
+        assert fused.tokens_per_second == fused.tokens / fused.timing.median
+        assert fused.ratio is not None
+
+
+def test_a_workload_shrinks_to_the_time_there_is() -> None:
+    sentences, long = minilm.workloads(Options("cpu"))
+    assert (long.texts, long.tokens, long.padded_tokens) == (16, 16 * 256, 16 * 256)
+    assert len({tuple(row) for row in long.batches[0]["input_ids"].tolist()}) == 16
+    assert long.within(8 * 256).texts == 8
+    assert long.within(0).texts == 1
+    assert sentences.within(sentences.padded_tokens) == sentences
+    assert sentences.tokens < sentences.padded_tokens
+
+
+def test_a_model_too_slow_for_this_machine_is_shown_as_not_run() -> None:
+    slow = replace(CEILINGS, matmul=CEILINGS.matmul | {"fp32": 1e3})
+    rows = list(minilm.model_rows(QUICK, [slow], lambda description: None))
+    assert {row.status for row in rows} == {"not run"}
+    assert {row.met for row in rows if row.is_ours} == {None, False}
+    assert "multiplies fp32 matrices" in rows[0].reason
 
 
 def test_wrong_embeddings_are_found() -> None:
@@ -405,10 +369,10 @@ def test_the_sentences_are_of_quite_different_lengths() -> None:
 def test_device_events_and_graphs_time_the_same_product() -> None:
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     stopwatch = timing.stopwatch_for("cuda")
-    timings = measure({"matmul": Subject(lambda: x @ x)}, stopwatch, 0.05)
+    samples = measure({"matmul": Subject(lambda: x @ x)}, stopwatch, 0.05)
     graph = timing.graph_seconds(lambda: x @ x)
     assert graph is not None
-    assert 1e-6 < graph < 2 * timings["matmul"].median < 1e-2
+    assert 1e-6 < graph < 2 * summary(samples["matmul"]).median < 1e-2
     size = x.numel() * x.element_size()
     assert size <= memory.peak_bytes(lambda: x + 1, "cuda") < 1.25 * size  # the allocator rounds up
 

@@ -15,15 +15,20 @@ LIBRARY = {"fusedformer": "src/fusedformer", "fusedformer.kernels": "kernels", "
 COMMON = "fusedformer.kernels.common"
 OPTIONAL = {"fusedformer.transformer.huggingface": {"transformers"}}
 
+PUBLIC = ("api", "kvcache")  # modules of an op that others may import
+
 # Inside an op's folder: what a module of this name never imports from there. "triton" stands for triton_*, the
 # other names for files. Modules not named here are shared by all of them and import none of them.
-IMPLEMENTATIONS = {"reference", "torch_sdpa", "triton"}
+IMPLEMENTATIONS = {"native_cpu", "reference", "torch_sdpa", "triton"}
 NEVER = {
     "api": {"triton"},
+    "kvcache": {"triton"},
     "op": {"api"},
-    "reference": {"api", "op", "config", "triton", "torch_sdpa"},
-    "torch_sdpa": {"api", "op", "config", "triton", "reference"},
-    "triton": {"api", "op", "reference", "torch_sdpa"},
+    "kvcache_op": {"api", "kvcache"},
+    "native_cpu": {"api", "op", "config", "triton", "torch_sdpa", "reference"},
+    "reference": {"api", "op", "config", "triton", "torch_sdpa", "native_cpu"},
+    "torch_sdpa": {"api", "op", "config", "triton", "native_cpu", "reference"},
+    "triton": {"api", "op", "native_cpu", "reference", "torch_sdpa"},
     "config": {"api", "op", *IMPLEMENTATIONS},
     "shared": {"api", "op", "config", *IMPLEMENTATIONS},
 }
@@ -105,7 +110,8 @@ def violation(importer: str, imported: str) -> str | None:
     op = op_of(importer)
     if op is None:
         if op_of(imported) is not None:
-            return None if imported.endswith(".api") else "of an op, others import its api alone"
+            is_public = imported.rpartition(".")[2] in PUBLIC
+            return None if is_public else "of an op, others import its public functions alone"
         if importer.startswith("fusedformer.transformer.") and not imported.startswith("fusedformer.transformer."):
             return "transformer imports nothing above it"
         return None
@@ -159,6 +165,7 @@ ATTENTION = "fusedformer.kernels.attention"
         (f"{ATTENTION}.reference", f"{ATTENTION}.op"),
         (f"{ATTENTION}.reference", f"{ATTENTION}.torch_sdpa"),
         (f"{ATTENTION}.op", f"{ATTENTION}.api"),
+        (f"{ATTENTION}.native_cpu", f"{ATTENTION}.reference"),
         (f"{ATTENTION}.api", f"{ATTENTION}.triton_forward"),
         (f"{ATTENTION}.triton_forward", f"{ATTENTION}.reference"),
         (f"{ATTENTION}.masks", f"{ATTENTION}.reference"),

@@ -24,6 +24,8 @@ SHIPPED = ["src", "kernels", "transformer", "csrc", "pyproject.toml", "setup.py"
 PIP = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
 KINDS = ["wheel", "sdist", "editable"]
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+REASON = "the C++ compiler '/nonexistent/c++' does not run: No such file or directory"
+REASON_FILE = "fusedformer/_native_absent.txt"
 
 # The answer is checked, not only that the names import.
 ATTENTION = """
@@ -56,7 +58,7 @@ def pip(python: Path, *arguments: str | Path, **environment: str) -> None:
 
 
 def copy_of_the_sources(folder: Path) -> Path:
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "_native_absent.txt")
     for name in SHIPPED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
@@ -123,7 +125,7 @@ def library_files() -> set[str]:
 def test_the_wheel_holds_every_file_once_and_nothing_at_the_top(built: Built, kind: str) -> None:
     names = zipfile.ZipFile(built.wheels[kind]).namelist()
     assert len(names) == len(set(names))
-    assert {name for name in names if ".dist-info/" not in name} == library_files()
+    assert {name for name in names if ".dist-info/" not in name} == library_files() | {REASON_FILE}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -132,6 +134,7 @@ def test_the_sdist_holds_the_sources_of_the_extension(built: Built) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert ours | {f"src/{name}" for name in library_files()} <= names
+    assert f"src/{REASON_FILE}" not in names
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,16 +207,37 @@ def test_works_without_triton(environments: dict[str, Path], tmp_path: Path) -> 
     assert "triton is not installed" in run(environments["wheel"], code, tmp_path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_says_why_there_is_no_extension(environments: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    code = "from fusedformer.kernels.common.explain import report; print(report())"
+    lines = run(environments[kind], code, tmp_path).splitlines()
+    assert f"extension    not built ({REASON})" in lines
+    assert f"cpu        absent: not built ({REASON})" in lines
+
+
 def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None
 
 
-def with_a_native_source(folder: Path) -> Path:
+def with_a_native_source(folder: Path, source: str = NATIVE_SOURCE) -> Path:
+    """A copy of the sources with a small extension in place of ours, which takes minutes to compile."""
     folder.mkdir()
     sources = copy_of_the_sources(folder)
-    (sources / "csrc" / "cpu").mkdir(parents=True, exist_ok=True)
-    (sources / "csrc" / "cpu" / "dropped_in.cpp").write_text(textwrap.dedent(NATIVE_SOURCE))
+    shutil.rmtree(sources / "csrc" / "cpu")
+    (sources / "csrc" / "cpu").mkdir()
+    (sources / "csrc" / "cpu" / "dropped_in.cpp").write_text(textwrap.dedent(source))
     return sources
+
+
+def built_without(sources: Path, code: str = "", **environment: str) -> tuple[str, set[str]]:
+    """The line that says why there is no extension, and the files of the wheel."""
+    code = f"import contextlib, sys\n{code}\nwith contextlib.redirect_stderr(sys.stdout): {BUILD}"
+    printed = run(Path(sys.executable), code, sources, **environment)
+    (line,) = re.findall(r"fusedformer: no native extension: (.*)", printed)
+    (wheel,) = (sources / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert zipfile.ZipFile(wheel).read(REASON_FILE).decode() == f"{line}\n"
+    return line, {name for name in names if ".dist-info/" not in name}
 
 
 BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
@@ -221,14 +245,24 @@ BUILD = "from setuptools import build_meta; build_meta.build_wheel('dist')"
 
 def test_without_a_compiler_the_wheel_is_pure_and_one_line_says_why(tmp_path: Path) -> None:
     sources = with_a_native_source(tmp_path / "sources")
-    code = f"import contextlib, sys\nwith contextlib.redirect_stderr(sys.stdout): {BUILD}"
-    printed = run(Path(sys.executable), code, sources, **NO_COMPILER)
-    assert re.findall(r"fusedformer: .*", printed) == [
-        "fusedformer: no native extension: the C++ compiler '/nonexistent/c++' does not run: No such file or directory"
-    ]
+    assert built_without(sources, **NO_COMPILER) == (REASON, library_files() | {REASON_FILE})
     (wheel,) = (sources / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == library_files()
+
+
+def test_on_another_kind_of_machine_it_installs_without(tmp_path: Path) -> None:
+    sources = with_a_native_source(tmp_path / "sources")
+    line, files = built_without(sources, "import platform; platform.machine = lambda: 'aarch64'")
+    assert line == "its kernels are for Linux on x86-64, this is linux on aarch64"
+    assert files == library_files() | {REASON_FILE}
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
+def test_a_source_that_does_not_compile_leaves_a_library_without(tmp_path: Path) -> None:
+    sources = with_a_native_source(tmp_path / "sources", "int broken(")
+    line, files = built_without(sources)
+    assert re.match(r"the C\+\+ compiler '.*' fails, see its messages above", line)
+    assert files == library_files() | {REASON_FILE}
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")

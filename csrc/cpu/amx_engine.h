@@ -183,7 +183,8 @@ struct AmxEngine {
     template <bool ROUND>
     static FF_INLINE Words part_bits(int part, Floats& x) {
         if (ROUND && part == PARTS - 1) return __builtin_convertvector(to_bfloat16(x), Words) << 16;
-        const Words high = reinterpret_cast<Words>(x) & 0xffff0000u;
+        // Of a float32, three of whose products are dropped, they are rounded: cut off, those would add up.
+        const Words high = (reinterpret_cast<Words>(x) + (PARTS > 2 ? 0x8000u : 0u)) & 0xffff0000u;
         x -= reinterpret_cast<Floats>(high);
         return high;
     }
@@ -219,8 +220,14 @@ struct AmxEngine {
     static void block(float* c, int64_t stride, Left a, int64_t i, const Packed* panel, int64_t depth, int64_t k,
                       bool accumulate) {
         constexpr int64_t FLOAT = sizeof(float), NUMBER = sizeof(Packed), RIGHT_STRIDE = 2 * PANEL * NUMBER;
+        // Added to C, each of a float32's products would round as C's size does: they are summed apart.
+        constexpr bool APART = PARTS > 2;
+        alignas(64) float sums[APART ? TILES * TILE_ROWS * PANEL : 1];
+        float* const total = c;
+        const int64_t total_stride = stride;
+        if (APART && accumulate) c = sums, stride = PANEL;
         float* below = c + TILE_ROWS * stride;
-        if (accumulate) {
+        if (!APART && accumulate) {
             FF_TILE_LOAD(0, c, stride * FLOAT);
             FF_TILE_LOAD(1, c + TILE_ROWS, stride * FLOAT);
             if constexpr (TILES == 2) {
@@ -262,6 +269,12 @@ struct AmxEngine {
         if constexpr (TILES == 2) FF_TILE_STORE(2, below, stride * FLOAT);
         FF_TILE_STORE(1, c + TILE_ROWS, stride * FLOAT);
         if constexpr (TILES == 2) FF_TILE_STORE(3, below + TILE_ROWS, stride * FLOAT);
+        if (c == total) return;
+        for (int64_t row = 0; row < TILES * TILE_ROWS; row++)
+            for (int64_t column = 0; column < PANEL; column += WIDTH) {
+                float* to = total + row * total_stride + column;
+                store(to, load(to) + load(c + row * PANEL + column));
+            }
     }
 };
 

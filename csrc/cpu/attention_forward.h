@@ -46,6 +46,7 @@ class AttentionForward {
     const ForwardResults& results_;
     const Runtime& runtime_;
     bool plain_;
+    float factor_;
     int64_t block_q_, blocks_, heads_together_, units_per_task_, chunks_, tasks_, super_, width_v_;
     int64_t pieces_, piece_keys_;  // of the keys
     float* partial_ = nullptr;     // (pieces, B, H, L) rows of width_v + 2: out, then its sum and reference
@@ -65,7 +66,7 @@ class AttentionForward {
     };
 
     AttentionForward(const Problem& p, const ForwardResults& results, const Runtime& runtime)
-        : p_(p), results_(results), runtime_(runtime), plain_(ScoreRules::plain(p)) {
+        : p_(p), results_(results), runtime_(runtime), plain_(ScoreRules::plain(p)), factor_(ScoreRules::factor(p)) {
         block_q_ = p.len_q <= E::SHORT ? E::SHORT_BLOCK_Q : E::BLOCK_Q;
         blocks_ = (p.len_q + block_q_ - 1) / block_q_;
         // A key mask of its own would give each head other keys and values.
@@ -185,10 +186,10 @@ class AttentionForward {
             if (plain_) {
                 if (rules.touches(q.first, q.count, j, width, block_bias))
                     rules.apply<true>(s.scores, BLOCK_K, q.first, q.count, j, width, block_bias);
-                weigh<true>(s, u, rules, q, j, width, out);
+                weigh(s, u, rules, q, j, width, out);
             } else {
                 rules.apply<false>(s.scores, BLOCK_K, q.first, q.count, j, width, block_bias);
-                weigh<false>(s, u, rules, q, j, width, out);
+                weigh(s, u, rules, q, j, width, out);
             }
             E::multiply_packed(out, width_v_, E::left_of(s.weights, block_q_, BLOCK_K),
                                E::right_at(s.values, depth, packed, 0), depth, q.count, p_.head_dim_v, n, s.started[u]);
@@ -204,30 +205,28 @@ class AttentionForward {
 
     // Scores to weights relative to the references. A reference only has to be near its row's largest score: weights
     // may grow to 2^ROOM before it is raised and what has been summed is rescaled. Most blocks pass without.
-    template <bool PLAIN>
     void weigh(const Scratch& s, int64_t u, const ScoreRules& rules, Unit q, int64_t j, int64_t width,
                float* out) const {
         float* references = s.references + u * block_q_;
         float* sums = s.sums + u * block_q_ * WIDTH;
-        if (s.unset[u] > 0) raise<PLAIN>(s, u, q, width, out);
-        const bool fits = p_.has_dropout() ? exponentials<PLAIN, true>(s, rules, references, q, j, width)
-                                           : exponentials<PLAIN, false>(s, rules, references, q, j, width);
+        if (s.unset[u] > 0) raise(s, u, q, width, out);
+        const bool fits = p_.has_dropout() ? exponentials<true>(s, rules, references, q, j, width)
+                                           : exponentials<false>(s, rules, references, q, j, width);
         if (!fits) {
-            raise<PLAIN>(s, u, q, width, out);
+            raise(s, u, q, width, out);
             if (p_.has_dropout())
-                exponentials<PLAIN, true>(s, rules, references, q, j, width);
+                exponentials<true>(s, rules, references, q, j, width);
             else
-                exponentials<PLAIN, false>(s, rules, references, q, j, width);
+                exponentials<false>(s, rules, references, q, j, width);
         }
         for (int64_t r = 0; r < q.count * WIDTH; r += WIDTH) store(sums + r, load(sums + r) + load(s.block_sums + r));
     }
 
     static constexpr float ROOM = 8.0f;
 
-    template <bool PLAIN, bool DROPOUT>
+    template <bool DROPOUT>
     bool exponentials(const Scratch& s, const ScoreRules& rules, const float* references, Unit q, int64_t j,
                       int64_t width) const {
-        const float factor = static_cast<float>(p_.scale) * LOG2E;
         Floats highest = broadcast(-INFINITE);
         for (int64_t r = 0; r < q.count; r++) {
             const float reference = references[r] == -INFINITE ? 0.0f : references[r];
@@ -236,7 +235,7 @@ class AttentionForward {
                 philox_lanes(s.lanes, p_.seed, j, width, static_cast<uint32_t>(q.first + r), rules.matrix(), 0);
             Floats total = {};
             for (int64_t k = 0; k < width; k += WIDTH) {
-                const Floats x = ScoreRules::exponent<PLAIN>(load(scores + k), factor, reference);
+                const Floats x = ScoreRules::exponent(load(scores + k), factor_, reference);
                 highest = larger(x, highest);
                 Floats weight = exp2<EXP2_DEGREE<Scalar>>(x);
                 total += weight;
@@ -248,19 +247,17 @@ class AttentionForward {
         return !any(highest > ROOM);
     }
 
-    template <bool PLAIN>
     void raise(const Scratch& s, int64_t u, Unit q, int64_t width, float* out) const {
-        const float factor = PLAIN ? static_cast<float>(p_.scale) * LOG2E : 1.0f;
         float* references = s.references + u * block_q_;
         s.unset[u] = 0;
         for (int64_t r = 0; r < q.count; r++) {
             Floats most = broadcast(-INFINITE);
             for (int64_t k = 0; k < width; k += WIDTH) most = larger(load(s.scores + r * BLOCK_K + k), most);
-            const float before = references[r], after = larger(before, largest(most) * factor);
+            const float before = references[r], after = larger(before, largest(most));
             references[r] = after;
             s.unset[u] += after == -INFINITE;
             if (after == before || before == -INFINITE) continue;
-            const float ratio = exp2(broadcast(PLAIN ? before - after : (before - after) * LOG2E))[0];
+            const float ratio = exp2(broadcast((before - after) * factor_))[0];
             float* sums = s.sums + (u * block_q_ + r) * WIDTH;
             store(sums, load(sums) * ratio);
             if (!s.started[u]) continue;
@@ -292,9 +289,9 @@ class AttentionForward {
                 const float* next = partial(piece, b, head, i);
                 const float before = joined[width_v_ + 1], after = next[width_v_ + 1];
                 if (next[width_v_] == 0.0f) continue;  // it saw no key
-                const float most = larger(before, after), unit = plain_ ? 1.0f : LOG2E;
-                const float mine = joined[width_v_] == 0.0f ? 0.0f : exp2(broadcast((before - most) * unit))[0];
-                const float its = exp2(broadcast((after - most) * unit))[0];
+                const float most = larger(before, after);
+                const float mine = joined[width_v_] == 0.0f ? 0.0f : exp2(broadcast((before - most) * factor_))[0];
+                const float its = exp2(broadcast((after - most) * factor_))[0];
                 for (int64_t e = 0; e < width_v_; e += WIDTH)
                     store(joined + e, load(joined + e) * mine + load(next + e) * its);
                 joined[width_v_] = joined[width_v_] * mine + next[width_v_] * its;
@@ -310,7 +307,7 @@ class AttentionForward {
         double lse = -INFINITE;
         float factor = 0.0f;
         if (total != 0.0f) {  // some key took part
-            lse = (reference == -INFINITE ? 0.0 : reference * (plain_ ? LN2 : 1.0)) + __builtin_log(total);
+            lse = (reference == -INFINITE ? 0.0 : reference * (plain_ ? p_.scale : 1.0)) + __builtin_log(total);
             factor = 1.0f / total;
         }
         if (sink != -INFINITE) {

@@ -147,8 +147,7 @@ struct FmaEngine {
         Floats sums[M][2];
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {
-            sums[i][0] = accumulate ? load(c + i * stride) : Floats{};
-            sums[i][1] = accumulate ? load(c + i * stride + WIDTH) : Floats{};
+            sums[i][0] = sums[i][1] = Floats{};
         }
         for (int64_t l = 0; l < k; l++, panel += PANEL, a += column) {
             const Floats b0 = load(panel), b1 = load(panel + WIDTH);
@@ -160,7 +159,10 @@ struct FmaEngine {
             }
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < M; i++) store(c + i * stride, sums[i][0]), store(c + i * stride + WIDTH, sums[i][1]);
+        for (int i = 0; i < M; i++) {  // added to C last: the sum of a block rounds as its own size does
+            store(c + i * stride, accumulate ? load(c + i * stride) + sums[i][0] : sums[i][0]);
+            store(c + i * stride + WIDTH, accumulate ? load(c + i * stride + WIDTH) + sums[i][1] : sums[i][1]);
+        }
     }
 };
 

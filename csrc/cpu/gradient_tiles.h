@@ -19,6 +19,7 @@ class GradientTiles {
     const BackwardResults& results_;
     const Runtime& runtime_;
     const bool plain_ = ScoreRules::plain(p_);
+    const float factor_ = ScoreRules::factor(p_);
     const int64_t blocks_ = (p_.len_q + BLOCK_Q - 1) / BLOCK_Q;
 
     GradientTiles(const Problem& p, const BackwardInputs& inputs, const BackwardResults& results,
@@ -83,8 +84,8 @@ class GradientTiles {
             s.delta[r] = results_.delta[row];
             if (inputs_.lse[row] == -INFINITE) {  // every score is -infinity
                 s.lse[r] = s.lse_residual[r] = 0.0f;
-            } else if (plain_) {  // in powers of two, still in two floats
-                const double exact = (static_cast<double>(inputs_.lse[row]) + inputs_.lse_residual[row]) / LN2;
+            } else if (plain_) {  // in units of the products, still in two floats
+                const double exact = (static_cast<double>(inputs_.lse[row]) + inputs_.lse_residual[row]) / p_.scale;
                 s.lse[r] = static_cast<float>(exact);
                 s.lse_residual[r] = static_cast<float>(exact - s.lse[r]);
             } else {
@@ -116,22 +117,17 @@ class GradientTiles {
                                  static_cast<uint32_t>(q.first + r + below), rules.matrix(), 0);
             for (int64_t k = 0; k < width; k += WIDTH) {
                 Floats weight, weight_below = {}, grad, grad_below = {};
-                differentiate<PLAIN>(s, r, k, s.lanes + k, weight, grad);
-                if (pair) differentiate<PLAIN>(s, r + 1, k, s.lanes + BLOCK_K + k, weight_below, grad_below);
+                differentiate(s, r, k, s.lanes + k, weight, grad);
+                if (pair) differentiate(s, r + 1, k, s.lanes + BLOCK_K + k, weight_below, grad_below);
                 each(r, k, weight, grad, weight_below, grad_below);
             }
         }
     }
 
-    template <bool PLAIN>
     FF_INLINE void differentiate(const TileScratch& s, int64_t r, int64_t k, const uint16_t* lanes, Floats& weight,
                                  Floats& grad) const {
         const Floats score = load(s.scores + r * BLOCK_K + k);
-        Floats power;
-        if constexpr (PLAIN)
-            power = score * (static_cast<float>(p_.scale) * LOG2E) - s.lse[r] - s.lse_residual[r];
-        else
-            power = ((score - s.lse[r]) - s.lse_residual[r]) * LOG2E;
+        const Floats power = ((score - s.lse[r]) - s.lse_residual[r]) * factor_;
         weight = exp2<EXP2_DEGREE<Scalar>>(power);
         Floats product = load(s.products + r * BLOCK_K + k);
         const Floats whole = weight;

@@ -23,12 +23,12 @@ using Engine = AmxEngine<S>;
 // Whether the engine computes what is in these tensors; else float32 is multiplied as such.
 inline bool takes(const Problem& p, const Rows* grad_out, const Runtime& runtime) {
     if (p.type != Type::float32) return true;
-    auto exact = [&](const Rows& x, int64_t heads, int64_t rows, int64_t columns) {
-        return PartsAreExact::of(x, p.batch, heads, rows, columns, runtime);
+    auto exact = [&](const Rows& x, int64_t heads, int64_t rows, int64_t columns, bool masked) {
+        return PartsAreExact::of(p, x, heads, rows, columns, masked, runtime);
     };
-    return exact(p.query, p.heads, p.len_q, p.head_dim) && exact(p.key, p.heads_kv, p.len_k, p.head_dim) &&
-           exact(p.value, p.heads_kv, p.len_k, p.head_dim_v) &&
-           (!grad_out || exact(*grad_out, p.heads, p.len_q, p.head_dim_v));
+    return exact(p.query, p.heads, p.len_q, p.head_dim, false) && exact(p.key, p.heads_kv, p.len_k, p.head_dim, true) &&
+           exact(p.value, p.heads_kv, p.len_k, p.head_dim_v, true) &&
+           (!grad_out || exact(*grad_out, p.heads, p.len_q, p.head_dim_v, false));
 }
 
 #else

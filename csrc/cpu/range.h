@@ -1,17 +1,19 @@
 // Which float32 tensors the tile unit may take as sums of bfloat16 parts. It counts denormal factors as 0, so the parts
-// of tiny numbers would be lost; and the parts of an infinity are NaN.
+// of tiny numbers would be lost; and the parts of an infinity, or of what rounds to one, are NaN.
 #pragma once
 
-#include "problem.h"
-#include "simd/vector.h"
+#include "scores.h"
 
 namespace fusedformer::FF_LEVEL {
 
 class PartsAreExact {
   public:
-    // Whether every number of the (B, H, rows, columns) tensor is 0 or finite and at least 2^-100.
-    static bool of(const Rows& x, int64_t batch, int64_t heads, int64_t rows, int64_t columns, const Runtime& runtime) {
-        PartsAreExact scan{x, heads, rows, columns, true};
+    // Whether every number of the (B, H, rows, columns) tensor is 0 or of normal size, but for the rows that all of the
+    // heads that share them exclude by `key_mask`: those are not read.
+    static bool of(const Problem& p, const Rows& x, int64_t heads, int64_t rows, int64_t columns, bool masked,
+                   const Runtime& runtime) {
+        const int64_t batch = p.batch;
+        PartsAreExact scan(p, x, heads, rows, columns, masked && p.key_mask.data);
         auto body = [](int64_t task, void* self) { static_cast<PartsAreExact*>(self)->matrix(task); };
         if (batch * heads * rows * columns > SMALL)
             runtime.parallel(batch * heads, body, &scan);
@@ -23,23 +25,35 @@ class PartsAreExact {
   private:
     static constexpr int64_t SMALL = 1 << 15;  // numbers: read sooner than threads are woken
 
+    const Problem& p_;
     const Rows& x_;
     int64_t heads_, rows_, columns_;
-    bool all_;  // written by any thread, false only
+    bool masked_;
+    bool all_ = true;  // written by any thread, false only
 
-    PartsAreExact(const Rows& x, int64_t heads, int64_t rows, int64_t columns, bool all)
-        : x_(x), heads_(heads), rows_(rows), columns_(columns), all_(all) {}
+    PartsAreExact(const Problem& p, const Rows& x, int64_t heads, int64_t rows, int64_t columns, bool masked)
+        : p_(p), x_(x), heads_(heads), rows_(rows), columns_(columns), masked_(masked) {}
+
+    bool is_read(int64_t b, int64_t head_kv, int64_t row) const {
+        const int64_t first = head_kv * p_.group();
+        for (int64_t h = first; h < first + (p_.key_mask.head ? p_.group() : 1); h++) {
+            const void* terms = mask_row(p_.key_mask, b, h, 0);
+            if (mask_terms(p_.key_mask.type, terms, p_.key_mask.key, row, 1)[0] != -INFINITE) return true;
+        }
+        return false;
+    }
 
     void matrix(int64_t index) {
         const auto* row = static_cast<const float*>(x_.data) + index / heads_ * x_.batch + index % heads_ * x_.head;
-        constexpr uint32_t SMALLEST = (127u - 100u) << 23, INFINITY_BITS = 0x7f800000u;
+        constexpr uint32_t SMALLEST = (127u - 100u) << 23, TOO_LARGE = 0x7f7f8000u;
         for (int64_t i = 0; i < rows_; i++, row += x_.row) {
             Ints outside = {};
             for (int64_t j = 0; j < columns_; j += WIDTH) {
                 const Words magnitude = reinterpret_cast<Words>(load_some(row + j, columns_ - j)) & 0x7fffffffu;
-                outside |= reinterpret_cast<Ints>((magnitude - 1 < SMALLEST - 1) | (magnitude >= INFINITY_BITS));
+                outside |= reinterpret_cast<Ints>((magnitude - 1 < SMALLEST - 1) | (magnitude >= TOO_LARGE));
             }
-            if (any(outside)) return __atomic_store_n(&all_, false, __ATOMIC_RELAXED);
+            if (any(outside) && (!masked_ || is_read(index / heads_, index % heads_, i)))
+                return __atomic_store_n(&all_, false, __ATOMIC_RELAXED);
         }
     }
 };

@@ -96,7 +96,8 @@ struct ScoreRules {
 
     static bool plain(const Problem& p) {
         auto additive = [](const Mask& mask) { return mask.type != Type::none && mask.type != Type::boolean; };
-        return p.softcap == 0.0 && !p.alibi_slopes && p.scale > 0.0 && !additive(p.attn_mask) && !additive(p.key_mask);
+        return p.softcap == 0.0 && !p.alibi_slopes && p.scale > 1e-20 && !additive(p.attn_mask) &&
+               !additive(p.key_mask);
     }
 
     // -infinity or the float to add for keys [first, first + count), -infinity from there to `room`; false if all are
@@ -156,10 +157,14 @@ struct ScoreRules {
         }
     }
 
-    template <bool PLAIN>
+    // The power of two that a unit of a score stands for.
+    static float factor(const Problem& p) {
+        return static_cast<float>(plain(p) ? p.scale * 1.4426950408889634 : 1.4426950408889634);
+    }
+
+    // Exactly 0 for the score that is the reference.
     FF_INLINE static Floats exponent(Floats score, float factor, float reference) {
-        if constexpr (PLAIN) return score * factor - reference;
-        return (score - reference) * LOG2E;
+        return (score - reference) * factor;
     }
 
     uint32_t matrix() const { return static_cast<uint32_t>(b * p.heads + h); }

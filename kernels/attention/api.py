@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..common import native, philox
-from ..common.backend import Candidate, select
+from ..common.backend import AUTO, Candidate, is_free_to, select
 from ..common.checks import check_shape, check_tensor
-from . import op, reference, torch_sdpa, triton_support
+from . import native_cpu, op, reference, torch_sdpa, triton_support
 from .problem import AttentionProblem, canonical
 
 CANDIDATES = {
     "cuda": Candidate(lambda p, automatic: native.refusals(p.query.device.type, "cuda", "attention_forward_cuda")),
     "triton": Candidate(triton_support.refusals, triton_support.workspace, triton_support.notes),
-    "cpu": Candidate(lambda p, automatic: native.refusals(p.query.device.type, "cpu", "attention_forward_cpu")),
+    "cpu": Candidate(native_cpu.refusals, native_cpu.workspace, native_cpu.notes),
     "torch": Candidate(torch_sdpa.refusals, torch_sdpa.workspace),
     "reference": Candidate(lambda p, automatic: [], reference.workspace),
 }
@@ -133,6 +133,13 @@ def attention(
     2022); ALiBi: Press et al., 2022; sinks: Xiao et al., 2024; softcap: Gemma 2, 2024; grouped heads: Ainslie et al.,
     2023.
     """
+    no_masks = attn_mask is None and key_mask is None and window is None
+    no_scores = softcap is None and alibi_slopes is None and sinks is None and precision is None
+    default = no_masks and no_scores and seed is None and causal_alignment == "top_left" and not return_lse
+    if default and _is_plain(dropout_p, scale, backend):
+        plain = native_cpu.plain(query, key, value, scale, is_causal, enable_gqa)
+        if plain is not None:
+            return plain
     query, key, value = _autocast(query, key, value)
     problem = canonical(
         query,
@@ -188,6 +195,10 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: as :func:`attention`, and when both ``attn_mask`` and ``is_causal`` are given, as in torch.
     """
+    if attn_mask is None and _is_plain(dropout_p, scale, AUTO):
+        plain = native_cpu.plain(query, key, value, scale, is_causal, enable_gqa)
+        if plain is not None:
+            return plain
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask: got one together with is_causal=True, expected at most one of them")
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -319,10 +330,16 @@ def attention_with_weights(
     return out, _run_weights(chosen, problem, lse, average_heads)
 
 
+def _is_plain(dropout_p: float, scale: float | None, backend: str) -> bool:
+    """Whether numbers and backend leave the way to :func:`native_cpu.plain` open."""
+    numbers = type(dropout_p) is float and dropout_p == 0.0 and (scale is None or type(scale) is float)
+    return numbers and is_free_to("cpu", backend)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, its dtype for every floating tensor but float64, as torch does for its own attention."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

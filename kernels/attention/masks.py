@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 
-def query_positions(len_q: int, position_offset: int, device: torch.device) -> Tensor:
-    """Query i stands at position ``i + position_offset`` among the keys; int64 (L, 1)."""
+def query_positions(len_q: int, position_offset: int | Tensor, device: torch.device) -> Tensor:
+    """Query i stands at position ``i + position_offset`` among the keys; int64 (L, 1).
+
+    An offset for each sequence, (B, 1, 1, 1), gives (B, 1, L, 1).
+    """
     return torch.arange(len_q, device=device)[:, None] + position_offset
 
 
 def band(
-    len_q: int, len_k: int, position_offset: int, window_left: int, window_right: int, device: torch.device
+    len_q: int, len_k: int, position_offset: int | Tensor, window_left: int, window_right: int, device: torch.device
 ) -> Tensor | None:
     """Bool (L, S), True where ``position - window_left <= j <= position + window_right``; -1 leaves a side open.
 

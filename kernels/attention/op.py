@@ -21,6 +21,7 @@ from ..common.library import (
     empty_in_order_of,
     gradient_like,
     is_transformed,
+    is_watched,
 )
 from . import reference
 from .problem import AttentionProblem
@@ -55,7 +56,11 @@ def _implementation(backend: str) -> ModuleType:
         from . import torch_sdpa
 
         return torch_sdpa
-    raise ValueError(f"backend: got {backend!r}, expected one with registered attention kernels: triton, torch")
+    if backend == "cpu":
+        from . import native_cpu
+
+        return native_cpu
+    raise ValueError(f"backend: got {backend!r}, expected one with registered attention kernels: triton, cpu, torch")
 
 
 def _problem(inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> AttentionProblem:
@@ -146,17 +151,9 @@ class AttentionForward(torch.autograd.Function):
         seed: Tensor | None,
         settings: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return forward_op(  # type: ignore[no-any-return]
-            query,
-            key,
-            value,
-            attn_mask,
-            key_mask,
-            alibi_slopes,
-            sinks,
-            seed,
-            *settings,
-        )
+        inputs = (query, key, value, attn_mask, key_mask, alibi_slopes, sinks, seed)
+        forward = forward_op if is_watched(inputs) else _forward
+        return forward(*inputs, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -178,7 +175,8 @@ class AttentionForward(torch.autograd.Function):
         if torch.is_grad_enabled() or is_transformed():
             grads = AttentionBackward.apply(*results, *inputs, ctx.settings, output_mask)
         else:
-            grads = backward_op(*results, *inputs, *ctx.settings, output_mask)
+            backward = backward_op if is_watched((*results, *inputs)) else _backward
+            grads = backward(*results, *inputs, *ctx.settings, output_mask)
         query, key, value, attn_mask, key_mask, sinks = (
             grad if needed else None for grad, needed in zip(grads, output_mask, strict=True)
         )
@@ -374,7 +372,8 @@ def attend(inputs: tuple[Any, ...], settings: tuple[Any, ...], requires_grad: bo
     """``(out, lse)`` from the eight tensors of a problem and its settings, the last of them the backend's name."""
     if requires_grad or is_transformed():
         return apply_function(AttentionForward, *inputs, settings)[:2]  # type: ignore[no-any-return]
-    return forward_op(*inputs, *settings)[:2]  # type: ignore[no-any-return]
+    forward = forward_op if is_watched(inputs) else _forward
+    return forward(*inputs, *settings)[:2]
 
 
 def _vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:

@@ -85,16 +85,10 @@ def canonical(
     len_q, head_dim = query.shape[2:]
     len_k = key.size(2)
     check_probability("dropout_p", dropout_p)
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    check_number("scale", scale)
-    if softcap is not None:
-        check_number("softcap", softcap)
-        if not softcap >= 0.0:
-            raise ValueError(f"softcap: got {softcap}, expected a positive number, or None for no cap")
+    scale, softcap = check_scale_and_softcap(scale, softcap, head_dim)
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {PRECISIONS}, or None for torch's setting")
-    left, right = _check_window(window)
+    left, right = check_window(window)
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f'causal_alignment: got {causal_alignment!r}, expected "top_left" or "bottom_right"')
     attn_mask, key_mask = _merge_masks(query, len_k, attn_mask, key_mask)
@@ -104,14 +98,14 @@ def canonical(
         value,
         attn_mask,
         key_mask,
-        _per_head("alibi_slopes", alibi_slopes, query),
-        _per_head("sinks", sinks, query),
+        per_head("alibi_slopes", alibi_slopes, query),
+        per_head("sinks", sinks, query),
         _check_seed(seed, query) if dropout_p > 0.0 else None,
-        float(scale),
+        scale,
         len_k - len_q if causal_alignment == "bottom_right" else 0,
         left,
         0 if is_causal else right,
-        0.0 if softcap is None else float(softcap),
+        softcap,
         float(dropout_p),
         precision or FOLLOW_TORCH,
         return_lse,
@@ -146,7 +140,20 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     return query, key, value
 
 
-def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+def check_scale_and_softcap(scale: float | None, softcap: float | None, head_dim: int) -> tuple[float, float]:
+    """Both as numbers, the defaults filled in."""
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    check_number("scale", scale)
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not softcap >= 0.0:
+            raise ValueError(f"softcap: got {softcap}, expected a positive number, or None for no cap")
+    return float(scale), 0.0 if softcap is None else float(softcap)
+
+
+def check_window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """(left, right), -1 for an unbounded side."""
     if window is None:
         return -1, -1
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -203,7 +210,8 @@ def _sum_in_single(mask: Tensor) -> Tensor:
     return mask.float() if mask.requires_grad and mask.element_size() < 4 else mask
 
 
-def _per_head(name: str, x: Tensor | None, query: Tensor) -> Tensor | None:
+def per_head(name: str, x: Tensor | None, query: Tensor) -> Tensor | None:
+    """(B, H), a view; slopes in float32."""
     if x is None:
         return None
     batch, heads = query.shape[:2]

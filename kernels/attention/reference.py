@@ -29,7 +29,7 @@ def attention(
     sinks: Tensor | None,
     seed: Tensor | None,
     scale: float,
-    position_offset: int,
+    position_offset: int | Tensor,  # or one for each sequence, (B, 1, 1, 1)
     window_left: int,
     window_right: int,
     softcap: float,
@@ -90,7 +90,7 @@ def _scores(
     key_mask: Tensor | None,
     alibi_slopes: Tensor | None,
     scale: float,
-    position_offset: int,
+    position_offset: int | Tensor,
     window_left: int,
     window_right: int,
     softcap: float,

@@ -116,6 +116,11 @@ def record_decisions() -> Iterator[Explanation]:
         _scope.decisions = before
 
 
+def is_free_to(name: str, backend: str) -> bool:
+    """Whether a call that says ``backend`` may run on ``name``, and nobody records how that is decided."""
+    return _scope.decisions is None and (_scope.backend if backend == AUTO else backend) in (AUTO, name)
+
+
 def select(operation: str, candidates: Mapping[str, Candidate], problem: Any, backend: str) -> str:
     """The name of the backend that runs ``problem``.
 

@@ -61,16 +61,16 @@ class Backends:
 
 
 def backends() -> Backends:
-    """The table of backends on this machine. Asks whether there is a GPU; loads neither Triton nor the extension."""
+    """The table of backends on this machine. Asks whether there is a GPU; loads no Triton."""
     has_gpu = torch.cuda.is_available()
-    not_built = None if native.EXTENSION_PATH else f"not built ({native.HOW_TO_BUILD})"
     triton: str | None = None if has_gpu else "no GPU"
     if not TRITON_INSTALLED:
         triton = "triton is not installed"
     elif TRITON_INTERPRETED:
         triton = "interpreted (TRITON_INTERPRET=1): runs on the CPU when asked for by name"
-    cuda = "no GPU" if not has_gpu else not_built
-    return Backends({"cuda": not_built or cuda, "triton": triton, "cpu": not_built, "torch": None, "reference": None})
+    cuda = native.missing("attention_forward_cuda") if has_gpu else "no GPU"
+    cpu = native.missing("attention_forward_cpu")
+    return Backends({"cuda": cuda, "triton": triton, "cpu": cpu, "torch": None, "reference": None})
 
 
 def report() -> str:
@@ -86,8 +86,13 @@ def report() -> str:
             lines.append(f"gpu {index}        {torch.cuda.get_device_name(device)}, {architecture(device)}")
     else:
         lines.append("gpu          none")
-    extension = str(native.EXTENSION_PATH) if native.EXTENSION_PATH else f"not built ({native.HOW_TO_BUILD})"
-    return "\n".join([*lines, f"extension    {extension}", "", "backends, in the order of auto:", str(backends())])
+    lines.append(f"extension    {native.absence() or native.EXTENSION_PATH}")
+    if native.EXTENSION_PATH is not None:
+        in_use = native.level()
+        for name, refusal in native.levels().items():
+            said = f"refused: {refusal}" if refusal else "in use" if name == in_use else "could run"
+            lines.append(f"  {name:<10} {said}")
+    return "\n".join([*lines, "", "backends, in the order of auto:", str(backends())])
 
 
 def _version(distribution: str) -> str:

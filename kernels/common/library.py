@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "fusedformer"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -17,9 +18,11 @@ def empty_in_order_of(like: Tensor, shape: Sequence[int], dtype: torch.dtype | N
 
     A transposed view of (B, L, H * E) or (L, B, H * E) thus gets a result that transposes back without a copy.
     """
-    order = [*sorted(range(like.dim() - 1), key=like.stride, reverse=True), like.dim() - 1]
-    dense = like.new_empty([shape[dim] for dim in order], dtype=dtype or like.dtype)
-    return dense.permute([order.index(dim) for dim in range(like.dim())])
+    order_of = like.stride()
+    strides, step = [1] * len(order_of), shape[-1]
+    for dim in sorted(range(len(order_of) - 2, -1, -1), key=order_of.__getitem__):
+        strides[dim], step = step, step * shape[dim]
+    return torch.empty_strided(shape, strides, dtype=dtype or like.dtype, device=like.device)
 
 
 def gradient_like(x: Tensor) -> Tensor:
@@ -28,8 +31,22 @@ def gradient_like(x: Tensor) -> Tensor:
 
 
 def is_transformed() -> bool:
-    """Whether Dynamo or a ``torch.func`` transform is watching: operators then need their autograd function."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether Dynamo, a ``torch.func`` transform or forward-mode differentiation is watching.
+
+    Operators then need their autograd function, if only to say that it has no forward mode.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0
+
+
+def is_watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether anything but autograd must see the operator that is called on ``tensors``.
+
+    Where nothing must, its body can be called itself: torch's dispatcher costs more than a small kernel.
+    """
+    plain = (Tensor, torch.nn.Parameter, type(None))
+    return is_transformed() or torch._C._len_torch_dispatch_stack() > 0 or any(type(x) not in plain for x in tensors)
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:

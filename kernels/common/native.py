@@ -1,8 +1,13 @@
-"""Finds the compiled extension (``csrc/``) that ``setup.py`` builds beside the package; optional everywhere."""
+"""Finds the compiled extension (``csrc/``) that ``setup.py`` builds beside the package; optional everywhere.
+
+Its CPU kernels are compiled once for each instruction set level; the best that this machine can run is used.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,13 +25,47 @@ def _find() -> Path | None:
 EXTENSION_PATH = _find()
 
 
+def absence() -> str | None:
+    """Why there is no extension, as the build said; None when there is one."""
+    if EXTENSION_PATH is not None:
+        return None
+    package = importlib.util.find_spec(EXTENSION.partition(".")[0])
+    folders = [] if package is None else package.submodule_search_locations or []
+    notes = [Path(folder, "_native_absent.txt") for folder in folders]
+    reasons = [note.read_text().strip() for note in notes if note.exists()]
+    return f"not built ({reasons[0] if reasons else HOW_TO_BUILD})"
+
+
+_missing: dict[str, str | None] = {}
+
+
+def missing(kernel: str) -> str | None:
+    """Why this process has no ``kernel`` (its operator's name in ``torch.ops.fusedformer_native``); None if it has."""
+    if kernel not in _missing:
+        _missing[kernel] = _search(kernel)
+    return _missing[kernel]
+
+
+# What torch.compiler.assume_constant_result does, which imports Dynamo: found once, it stays, and Dynamo cannot trace
+# the loading of a library.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _search(kernel: str) -> str | None:
+    reason = absence()
+    if reason is None:
+        assert EXTENSION_PATH is not None
+        load()
+        if not hasattr(torch.ops.fusedformer_native, kernel):
+            reason = f"the extension that was built ({EXTENSION_PATH.name}) holds no {kernel}"
+    return reason
+
+
 def refusals(device_type: str, expected_device_type: str, kernel: str) -> list[str]:
-    """Why the extension cannot run ``kernel`` (its operator's name in ``torch.ops.fusedformer_native``)."""
-    if EXTENSION_PATH is None:
-        return [f"not built ({HOW_TO_BUILD})"]
-    load()
-    if not hasattr(torch.ops.fusedformer_native, kernel):
-        return [f"the extension that was built ({EXTENSION_PATH.name}) holds no {kernel}"]
+    """Why the extension cannot run ``kernel`` on tensors of this device."""
+    reason = missing(kernel)
+    if reason is not None:
+        return [reason]
     if device_type != expected_device_type:
         return [f"needs tensors on {expected_device_type}, they are on {device_type}"]
     return []
@@ -35,6 +74,40 @@ def refusals(device_type: str, expected_device_type: str, kernel: str) -> list[s
 def load() -> None:
     """Loads the extension, which registers its kernels with torch's dispatcher. Later calls do nothing."""
     if EXTENSION_PATH is None:
-        raise RuntimeError(f"the native extension is not built ({HOW_TO_BUILD})")
+        raise RuntimeError(f"the native extension is {absence()}")
     if str(EXTENSION_PATH) not in torch.ops.loaded_libraries:
         torch.ops.load_library(str(EXTENSION_PATH))
+
+
+def levels() -> dict[str, str | None]:
+    """The instruction set levels of the CPU kernels, best first, each with why this machine refuses it, or None."""
+    load()
+    lines = torch.ops.fusedformer_native.cpu_levels().splitlines()
+    return {name: reason or None for name, _, reason in (line.partition(": ") for line in lines)}
+
+
+def level() -> str:
+    """The level that the CPU kernels use now: the best that this machine can run, or the one of :func:`use_level`."""
+    load()
+    name: str = torch.ops.fusedformer_native.cpu_level()
+    return name
+
+
+@contextmanager
+def use_level(name: str) -> Iterator[None]:
+    """Within the block the CPU kernels use this level, in every thread of the process: for tests and benchmarks.
+
+    Raises:
+        ValueError: there is no such level, or this machine cannot run it.
+    """
+    known = levels()
+    if name not in known:
+        raise ValueError(f"level: got {name!r}, expected one of {tuple(known)}")
+    if known[name] is not None:
+        raise ValueError(f"level: got {name!r}, but {known[name]}")
+    before = level()
+    torch.ops.fusedformer_native.choose_cpu_level(name)
+    try:
+        yield
+    finally:
+        torch.ops.fusedformer_native.choose_cpu_level(before)

@@ -5,8 +5,9 @@ from typing import Any
 from torch.nn import functional as _torch_functional
 
 from fusedformer.kernels.attention.api import attention, attention_weights, scaled_dot_product_attention
+from fusedformer.kernels.attention.kvcache import attention_with_kvcache
 
-__all__ = ["attention", "attention_weights", "scaled_dot_product_attention"]
+__all__ = ["attention", "attention_weights", "attention_with_kvcache", "scaled_dot_product_attention"]
 
 
 def __getattr__(name: str) -> Any:

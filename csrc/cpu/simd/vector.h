@@ -26,7 +26,6 @@ typedef uint16_t Halves __attribute__((vector_size(2 * FF_WIDTH)));
 
 constexpr float INFINITE = __builtin_inff();
 constexpr float LOG2E = 1.44269504088896340736f;
-constexpr double LN2 = 0.69314718055994530942;
 
 struct Float16 {
     uint16_t bits;

@@ -1,11 +1,14 @@
-"""Makes the interpreter round a product as a GPU does: the same in every tile that computes it."""
+"""Makes the interpreter round a product as a GPU does: the same in every tile that computes it; and runs a test on the
+instruction set level that it is marked with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from fusedformer.kernels.common import native
 from fusedformer.kernels.common.device import TRITON_INSTALLED, TRITON_INTERPRETED
 
 
@@ -23,3 +26,13 @@ def _products_do_not_depend_on_the_tile(monkeypatch: pytest.MonkeyPatch) -> None
         return interpreter.TensorHandle(products + acc.data, acc.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _level(request: pytest.FixtureRequest) -> Iterator[None]:
+    mark = request.node.get_closest_marker("level")
+    if mark is None:
+        yield
+        return
+    with native.use_level(*mark.args):
+        yield

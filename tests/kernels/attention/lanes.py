@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import pytest
 
+from fusedformer.kernels.common import native
 from fusedformer.kernels.common.device import TRITON_INSTALLED, TRITON_INTERPRETED
 
 interpreted = pytest.mark.skipif(
     not (TRITON_INSTALLED and TRITON_INTERPRETED),
     reason="Triton compiles for the GPU here; TRITON_INTERPRET=1 interprets",
 )
+built = pytest.mark.skipif(native.EXTENSION_PATH is None, reason=f"native extension {native.absence()}")
+LEVELS = native.levels() if native.EXTENSION_PATH else {}
+RUNNABLE = [name for name, refusal in LEVELS.items() if refusal is None]
+
 REFERENCE = pytest.param("reference", "cpu", id="reference")
 TORCH = pytest.param("torch", "cpu", id="torch")
-KERNELS = (
+AT_LEVEL = {name: [built, pytest.mark.level(name)] for name in RUNNABLE or ["not built"]}
+CPU = [pytest.param("cpu", "cpu", id=f"cpu-{name}", marks=marks) for name, marks in AT_LEVEL.items()]
+TRITON = (
     pytest.param("triton", "cpu", id="triton-interpreted", marks=interpreted),
     pytest.param("triton", "cuda", id="triton-gpu", marks=pytest.mark.gpu),
 )
 
 # What takes every feature, and what also takes in SDPA, which has fewer.
-every_feature = pytest.mark.parametrize(("backend", "device"), [REFERENCE, *KERNELS])
-every_backend = pytest.mark.parametrize(("backend", "device"), [REFERENCE, TORCH, *KERNELS])
-every_kernel = pytest.mark.parametrize(("backend", "device"), KERNELS)
+every_feature = pytest.mark.parametrize(("backend", "device"), [REFERENCE, *CPU, *TRITON])
+every_backend = pytest.mark.parametrize(("backend", "device"), [REFERENCE, TORCH, *CPU, *TRITON])
+every_kernel = pytest.mark.parametrize(("backend", "device"), [*CPU, *TRITON])
+every_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
+every_level = pytest.mark.parametrize("level", [pytest.param(name, marks=marks) for name, marks in AT_LEVEL.items()])

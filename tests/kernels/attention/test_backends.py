@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 
 from fusedformer import BackendRefused, use_backend
 from fusedformer.functional import attention, attention_weights
+from fusedformer.kernels.common import native
 from fusedformer.kernels.common.backend import record_decisions
-from fusedformer.kernels.common.native import EXTENSION_PATH
 from tests.cases import CASES, Case, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, fused, results
-from tests.kernels.attention.lanes import interpreted
+from tests.kernels.attention.lanes import built, interpreted
 
 FLASH = Case("", heads=2)
+BUILT = native.EXTENSION_PATH is not None
+BY_AUTO = "cpu" if BUILT else "torch"
 
 
 def decide(inputs: Any, **given: Any) -> Any:
@@ -73,7 +76,7 @@ def test_torch_says_why_not(case: Case, given: dict[str, Any], reason: str, seed
     inputs = make_inputs(case, torch.float32, "cpu", seed)
     assert refuses("torch", inputs, **given) == [reason]
     decision = decide(inputs, **given)
-    assert (decision.chosen, decision.refusals["torch"]) == ("reference", [reason])
+    assert (decision.chosen, decision.refusals["torch"]) == ("cpu" if BUILT else "reference", [reason])
 
 
 def test_torch_says_every_reason_at_once(seed: int) -> None:
@@ -107,19 +110,40 @@ def test_torch_refuses_empty_tensors(size: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cuda", "cpu"])
-def test_native_kernels_are_not_built(backend: str, seed: int) -> None:
-    if EXTENSION_PATH is None:
-        expected = "not built (pip install --no-build-isolation .)"
+def test_native_kernels_say_why_not(backend: str, seed: int) -> None:
+    inputs = make_inputs(FLASH, torch.float32, "cpu", seed)
+    if not BUILT:
+        assert refuses(backend, inputs) == [native.absence()]
+    elif backend == "cuda":
+        said = "the extension that was built (_native.abi3.so) holds no attention_forward_cuda"
+        assert refuses(backend, inputs) == [said]
     else:
-        expected = f"the extension that was built ({EXTENSION_PATH.name}) holds no attention_forward_{backend}"
-    assert refuses(backend, make_inputs(FLASH, torch.float32, "cpu", seed)) == [expected]
+        double = make_inputs(FLASH, torch.float64, "cpu", seed)
+        assert refuses(backend, double) == ["kernels are for float32, float16 and bfloat16, not float64"]
+        coarse = torch.zeros(17, 17, dtype=torch.float8_e5m2)
+        assert refuses(backend, inputs, attn_mask=coarse) == ["kernels read no attn_mask of float8_e5m2"]
+        meta = inputs.query.to("meta")
+        with pytest.raises(BackendRefused, match="cpu: needs tensors on cpu, they are on meta"):
+            attention(meta, meta, meta, backend="cpu")
+
+
+@built
+def test_auto_takes_the_native_kernels_on_the_cpu(seed: int) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        inputs = make_inputs(Case("", head_dim=300, mask="float BHLS", alibi="BH", sinks=True), dtype, "cpu", seed)
+        decision = decide(inputs, return_lse=True, softcap=1.0)
+        assert decision.chosen == "cpu"
+        assert decision.notes == [f"instruction set level {native.level()}"]
+    leaves, _ = make_inputs(replace(FLASH, len_k=1025), torch.float32, "cpu", seed).leaves()
+    rows = leaves.query.size(0) * leaves.query.size(1) * leaves.query.size(2)
+    assert decide(leaves).workspace_bytes >= 4 * rows * (3 + leaves.query.size(3))
 
 
 @interpreted
 def test_auto_never_interprets(seed: int) -> None:
     inputs = make_inputs(FLASH, torch.float32, "cpu", seed)
     decision = decide(inputs)
-    assert decision.chosen == "torch"
+    assert decision.chosen == BY_AUTO
     assert decision.refusals["triton"] == ["the interpreter (TRITON_INTERPRET=1) runs only when asked for by name"]
     decision = decide(inputs, backend="triton")
     assert decision.chosen == "triton"
@@ -144,13 +168,14 @@ def test_triton_says_why_not(seed: int) -> None:
 def test_auto_takes_triton_on_a_gpu(seed: int) -> None:
     decision = decide(make_inputs(FLASH, torch.float16, "cuda", seed))
     assert decision.chosen == "triton"
-    assert "not built" in decision.refusals["cuda"][0] or EXTENSION_PATH is not None
+    assert "not built" in decision.refusals["cuda"][0] or BUILT
 
 
 def test_reference_takes_everything(seed: int) -> None:
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         inputs = make_inputs(Case("", head_dim=300, alibi="BH", sinks=True), dtype, "cpu", seed)
-        assert decide(inputs, return_lse=True).chosen == "reference"
+        assert decide(inputs, return_lse=True, backend="reference").chosen == "reference"
+    assert decide(inputs.to(torch.float64), return_lse=True).chosen == "reference"
 
 
 def test_use_backend_reaches_attention(seed: int) -> None:
@@ -158,14 +183,14 @@ def test_use_backend_reaches_attention(seed: int) -> None:
     with use_backend("reference"):
         assert decide(inputs).chosen == "reference"
         assert decide(inputs, backend="torch").chosen == "torch"
-    assert decide(inputs).chosen == "torch"
+    assert decide(inputs).chosen == BY_AUTO
 
 
 def test_a_decision_reads_like_the_call(seed: int) -> None:
     inputs = make_inputs(
         Case("", heads=4, heads_kv=2, len_k=9, is_causal=True, key_mask="bool"), torch.float32, "cpu", seed
     )
-    text = str(decide(inputs)).splitlines()
+    text = str(decide(inputs, backend="torch")).splitlines()
     assert text[0] == (
         "attention(query (2, 4, 17, 32), key (2, 2, 9, 32), value (2, 2, 9, 32), float32, cpu, "
         "key_mask (2, 4, 9) bool, window (-1, 0) at offset 0, precision torch)"
@@ -178,7 +203,7 @@ def test_torch_workspace_is_the_mask_and_not_the_scores(seed: int) -> None:
     inputs = make_inputs(Case("", heads=4, heads_kv=2, len_q=64, mask="float 11LS"), torch.float32, "cpu", seed)
     for needs_grad in (False, True):
         inputs.query.requires_grad_(needs_grad)
-        assert decide(inputs).workspace_bytes == 64 * 64 * 4
+        assert decide(inputs, backend="torch").workspace_bytes == 64 * 64 * 4
 
 
 @pytest.mark.parametrize("case", [FLASH, Case("", is_causal=True), Case("", key_mask="bool", value_dim=5)], ids=str)
@@ -197,8 +222,8 @@ def test_weights_are_decided_by_themselves(seed: int) -> None:
         _, lse = attention(inputs.query, inputs.key, inputs.value, return_lse=True)
         attention_weights(inputs.query, inputs.key, lse)
     assert [(x.operation, x.chosen) for x in explanation.decisions] == [
-        ("attention", "reference"),
-        ("attention_weights", "reference"),
+        ("attention", "cpu" if BUILT else "reference"),
+        ("attention_weights", "cpu" if BUILT else "reference"),
     ]
     with pytest.raises(BackendRefused, match=r'backend="torch" refuses attention_weights\('):
         attention_weights(inputs.query, inputs.key, lse, backend="torch")

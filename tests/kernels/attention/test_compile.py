@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedformer import use_backend
 from fusedformer.functional import attention, attention_weights, scaled_dot_product_attention
+from fusedformer.kernels.common.native import EXTENSION_PATH
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import Results, call, fused, results
 from tests.kernels.attention.lanes import every_backend, every_feature
@@ -137,14 +138,15 @@ def test_use_backend_is_guarded(seed: int) -> None:
     inputs = make_inputs(Case("", len_q=5, head_dim=16), torch.float32, "cpu", seed)
     tensors = (inputs.query, inputs.key, inputs.value)
     compiled = torch.compile(call, backend=counter, fullgraph=True)
-    compiled(*tensors)
-    with use_backend("reference"):
-        compiled(*tensors)
-    compiled(*tensors)
-    by_torch, by_reference = counter.graphs
+    for backend in ("torch", "reference", "torch", "auto"):
+        with use_backend(backend):
+            compiled(*tensors)
+    by_torch, by_reference, *by_auto = counter.graphs
     assert "scaled_dot_product_attention" in by_torch
     assert "scaled_dot_product_attention" not in by_reference
     assert "exp" in by_reference
+    (graph,) = by_auto
+    assert ("attention_forward" if EXTENSION_PATH else "scaled_dot_product_attention") in graph
 
 
 def test_use_backend_inside_a_graph(seed: int) -> None:
@@ -198,5 +200,5 @@ def test_export_with_dynamic_shapes(strict: bool, backend: str, device: str, see
     other = [torch.randn(3, heads, n, 16, device=device) for heads, n in ((4, 17), (2, 5), (2, 5))]
     for given in (tensors, other):
         torch.testing.assert_close(program.module()(*given), call(*given, **options))
-    if backend == "triton":
+    if backend in ("cpu", "triton"):
         assert "fusedformer.attention_forward" in str(program.graph)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fusedformer.functional import attention, attention_weights
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, call, eager, fused, results
-from tests.kernels.attention.lanes import REFERENCE, every_backend, every_feature, interpreted
+from tests.kernels.attention.lanes import CPU, REFERENCE, built, every_backend, every_feature, every_kernel, interpreted
 from tests.tolerances import assert_equal_bits, assert_no_mistake
 
 MIXED = Case(
@@ -67,6 +68,8 @@ def operator_calls(case: Case, backend: str, seed: int) -> dict[str, tuple[Any, 
     [
         pytest.param("torch", FOR_TORCH, id="torch"),
         pytest.param("torch", replace(FOR_TORCH, heads_kv=None, layout="LBHE"), id="torch-LBHE"),
+        pytest.param("cpu", MIXED, id="cpu", marks=built),
+        pytest.param("cpu", replace(SMALL, layout="LBHE", key_mask="float"), id="cpu-LBHE", marks=built),
         pytest.param("triton", MIXED, id="triton", marks=interpreted),
         pytest.param("triton", replace(SMALL, layout="LBHE", key_mask="float"), id="triton-LBHE", marks=interpreted),
         pytest.param("triton", replace(SMALL, mask="bool LS"), id="triton-bool", marks=interpreted),
@@ -74,7 +77,7 @@ def operator_calls(case: Case, backend: str, seed: int) -> dict[str, tuple[Any, 
 )  # fmt: skip
 def test_opcheck(backend: str, case: Case, seed: int) -> None:
     calls = operator_calls(case, backend, seed)
-    expected = {"attention_forward", "attention_backward"} | ({"attention_weights"} if backend == "triton" else set())
+    expected = {"attention_forward", "attention_backward"} | (set() if backend == "torch" else {"attention_weights"})
     assert calls.keys() == expected
     for func, args in calls.values():
         torch.library.opcheck(func, args)
@@ -182,6 +185,17 @@ def test_jacrev(backend: str, device: str, seed: int) -> None:
     assert_no_mistake(through(backend), through("reference"))
 
 
+@every_kernel
+def test_forward_mode_is_refused(backend: str, device: str) -> None:
+    """Without a formula for it the tangents would be lost in silence."""
+    query, tangent = torch.randn(1, 1, 5, 8, device=device), torch.randn(1, 1, 5, 8, device=device)
+    function = partial(attention, key=query, value=query, backend=backend)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        function(forward_ad.make_dual(query, tangent))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(function, (query,), (tangent,))
+
+
 def second_order(inputs: Inputs, function: Callable[..., tuple[Tensor, Tensor]], with_lse: bool) -> dict[str, Tensor]:
     """The gradient of a random combination of the first gradients, and of the gradients sent in."""
     leaves, named = inputs.leaves()
@@ -267,7 +281,7 @@ def test_autocast_leaves_float64_alone(seed: int) -> None:
     assert under_autocast("reference", "cpu")(inputs.query, inputs.key, inputs.value)[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize(("backend", "device"), [REFERENCE])
+@pytest.mark.parametrize(("backend", "device"), [REFERENCE, *CPU])
 def test_gradients_only_where_they_are_asked_for(backend: str, device: str, seed: int) -> None:
     inputs = make_inputs(Case("", mask="float 1HLS", key_mask="float", sinks=True), torch.float32, device, seed)
     everything = results(fused(backend), inputs)

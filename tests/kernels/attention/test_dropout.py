@@ -13,7 +13,7 @@ from fusedformer.functional import attention
 from fusedformer.kernels.common import philox
 from tests.cases import Case, make_inputs
 from tests.kernels.attention.eager import fused, results
-from tests.kernels.attention.lanes import every_feature, every_kernel
+from tests.kernels.attention.lanes import every_feature, every_triton
 from tests.tolerances import assert_equal_bits
 
 LEN_Q, LEN_K = 33, 65
@@ -40,7 +40,7 @@ def test_the_mask_is_philox(heads_kv: int, backend: str, device: str) -> None:
     assert torch.equal(seen_mask(backend, device, 0.3, seed, heads_kv), expected.view(2, 3, LEN_Q, LEN_K))
 
 
-@every_kernel
+@every_triton
 @pytest.mark.parametrize("tile", [(16, 16), (32, 64), (64, 32)])
 def test_the_mask_and_the_gradients_do_not_depend_on_the_tile(
     tile: tuple[int, int], backend: str, device: str, seed: int, monkeypatch: pytest.MonkeyPatch

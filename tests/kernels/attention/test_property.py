@@ -10,7 +10,7 @@ import torch
 
 from tests.cases import Case, make_inputs
 from tests.kernels.attention.eager import eager, fused, results
-from tests.kernels.attention.lanes import interpreted
+from tests.kernels.attention.lanes import every_level, interpreted
 from tests.tolerances import assert_no_mistake
 
 pytest.importorskip("hypothesis")
@@ -80,6 +80,13 @@ def test_reference_on_any_problem(case: Case, number: int) -> None:
 @given(case=cases(longest=35, widest=40, batch=2), number=SEEDS)
 def test_kernels_on_any_problem(case: Case, number: int) -> None:
     check("triton", case, number)
+
+
+@every_level
+@some(max_examples=40)
+@given(case=cases(longest=150, widest=100, batch=3), number=SEEDS)
+def test_native_kernels_on_any_problem(case: Case, number: int, level: str) -> None:
+    check("cpu", case, number)
 
 
 def without_what_torch_refuses(case: Case) -> Case:

@@ -1,0 +1,179 @@
+"""The C++ kernels of ``csrc/cpu``: what they take and need, and their calls, as ``op.py`` runs them for ``"cpu"``.
+
+Products of float32 are never coarser than ieee ones, so that every ``precision`` is met.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..common import native, philox
+from ..common.checks import FLOATING, dtype_name
+from ..common.library import empty_in_order_of, gradient_like
+from .problem import AttentionProblem
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CHUNK, BLOCK_K = 512, 64  # BACKWARD_CHUNK and BACKWARD_BLOCK_K in csrc/cpu/problem.h
+
+
+def refusals(problem: AttentionProblem, automatic: bool) -> list[str]:
+    """Reasons why the kernels do not take this problem."""
+    p = problem
+    reasons = native.refusals(p.query.device.type, "cpu", "attention_forward_cpu")
+    if p.query.dtype not in DTYPES:
+        reasons.append(f"kernels are for float32, float16 and bfloat16, not {dtype_name(p.query.dtype)}")
+    for name in ("attn_mask", "key_mask"):
+        mask = getattr(p, name)
+        if mask is not None and mask.dtype != torch.bool and mask.dtype not in FLOATING:
+            reasons.append(f"kernels read no {name} of {dtype_name(mask.dtype)}")
+    return reasons
+
+
+def workspace(problem: AttentionProblem) -> int:
+    """Bytes beyond inputs and results: scratch of all threads, log-sum-exp, in backward partial gradients of query."""
+    p = problem
+    batch, heads, len_q, head_dim = p.query.shape
+    heads_kv, len_k, head_dim_v = p.value.shape[1:]
+    groups = _groups(p) if p.requires_grad else 0
+    mask_per_head = p.key_mask is not None and p.key_mask.stride(1) != 0
+    scratch = torch.ops.fusedformer_native.attention_memory_cpu(
+        p.query.element_size(), batch, heads, heads_kv, len_q, len_k, head_dim, head_dim_v, mask_per_head, groups
+    )
+    rows = batch * heads * len_q
+    partial = groups * rows * head_dim if groups and _is_partial(p, groups) else 0
+    return int(scratch) + 4 * ((3 if groups else 2) * rows + partial)
+
+
+def notes(problem: AttentionProblem) -> list[str]:
+    """What ``explain`` should add: the instruction set."""
+    return [f"instruction set level {native.level()}"]
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool, enable_gqa: bool
+) -> Tensor | None:
+    """Attention that nothing but causality restricts, by the shortest way: of a small call the checks are most.
+
+    None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
+    """
+    if torch.compiler.is_compiling() or not type(query) is type(key) is type(value) is Tensor or not query.is_cpu:
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    if _dispatch_modes() or _transforms_active() or _autocast_enabled() or forward_ad._current_level >= 0:
+        return None
+    operator = _plain_operator or _find_plain_operator()
+    if operator is None:
+        return None
+    try:
+        return operator(query, key, value, scale, bool(is_causal), bool(enable_gqa))  # type: ignore[no-any-return]
+    except NotImplementedError:  # torch's dispatcher, for tensors that are sparse, nested, quantized, on two devices
+        return None
+
+
+# Looked up once: a name in a module of a module costs as much as a check.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_plain_operator: Any = None
+
+
+def _find_plain_operator() -> Any:
+    global _plain_operator
+    if native.missing("attention_plain_cpu") is None:
+        _plain_operator = torch.ops.fusedformer_native.attention_plain_cpu.default._op
+    return _plain_operator
+
+
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, lse, lse_residual)``."""
+    p = problem
+    batch, heads, len_q, _ = p.query.shape
+    out = empty_in_order_of(p.query, (batch, heads, len_q, p.value.size(3)))
+    lse = p.query.new_empty((batch, heads, len_q), dtype=torch.float32)
+    lse_residual = torch.empty_like(lse)
+    if out.numel() > 0:
+        torch.ops.fusedformer_native.attention_forward_cpu(*_arguments(p), out, lse, lse_residual)
+    return out, lse, lse_residual
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_residual: Tensor,
+    problem: AttentionProblem,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, attn_mask, key_mask and sinks; None where ``output_mask`` asks for none."""
+    p = problem
+    inputs = (p.query, p.key, p.value, p.attn_mask, p.key_mask)
+    grads = [
+        gradient_like(x) if wanted and x is not None else None
+        for x, wanted in zip(inputs, output_mask[:5], strict=True)
+    ]
+    wants_sinks = output_mask[5] and p.sinks is not None
+    if out.numel() == 0:
+        nothing = torch.zeros_like(p.sinks) if wants_sinks and p.sinks is not None else None
+        return (*(None if grad is None else grad.zero_() for grad in grads), nothing)
+    lse, lse_residual = lse.contiguous(), lse_residual.contiguous()  # vmap shares one among many by a stride of 0
+    delta = torch.empty_like(lse)
+    groups = _groups(p)
+    partial = None if not _is_partial(p, groups) else p.query.new_empty((groups, *p.query.shape), dtype=torch.float32)
+    torch.ops.fusedformer_native.attention_backward_cpu(
+        _unit_stride(grad_out),
+        None if grad_lse is None else grad_lse.float().contiguous(),
+        _unit_stride(out),
+        lse,
+        lse_residual,
+        *_arguments(p),
+        *grads,
+        delta,
+        partial,
+    )
+    grad_sinks = None
+    if wants_sinks and p.sinks is not None:
+        # A sink's weight is exp(sink - lse) and its value 0; a row that is empty in spite of it has weight 0.
+        weight = torch.exp(p.sinks.float()[:, :, None] - lse.masked_fill(lse == float("-inf"), float("inf")))
+        grad_sinks = -(weight * delta).sum(dim=2).to(p.sinks.dtype)
+    return (*grads, grad_sinks)
+
+
+def weights(lse: Tensor, problem: AttentionProblem, average_heads: bool) -> Tensor:
+    """(B, L, S) averaged over the heads, or (B, H, L, S)."""
+    p = problem
+    batch, heads, len_q, _ = p.query.shape
+    shape = (batch, len_q, p.key.size(2)) if average_heads else (batch, heads, len_q, p.key.size(2))
+    result = p.query.new_empty(shape)
+    if p.query.numel() == 0:
+        return result.zero_()
+    if result.numel() > 0:
+        arguments = _arguments(p)
+        torch.ops.fusedformer_native.attention_weights_cpu(lse.float().contiguous(), *arguments, result, average_heads)
+    return result
+
+
+def _arguments(problem: AttentionProblem) -> tuple[Any, ...]:
+    p = problem
+    return (*p[:13], philox.threshold(p.dropout_p), philox.keep_scale(p.dropout_p))
+
+
+def _groups(problem: AttentionProblem) -> int:
+    """How many threads share the keys of one head in backward, each with a query gradient of its own to be summed."""
+    p = problem
+    heads = max(p.key.size(0) * p.key.size(1), 1)
+    return max(min(-(-p.key.size(2) // BLOCK_K), -(-torch.get_num_threads() // heads)), 1)
+
+
+def _is_partial(problem: AttentionProblem, groups: int) -> bool:
+    """Whether a head's keys are more than one task, each of which knows a part of the query's gradient."""
+    return groups > 1 or problem.key.size(2) > CHUNK
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
