@@ -183,8 +183,14 @@ struct AmxEngine {
     template <bool ROUND>
     static FF_INLINE Words part_bits(int part, Floats& x) {
         if (ROUND && part == PARTS - 1) return __builtin_convertvector(to_bfloat16(x), Words) << 16;
-        // Of a float32, three of whose products are dropped, they are rounded: cut off, those would add up.
-        const Words high = (reinterpret_cast<Words>(x) + (PARTS > 2 ? 0x8000u : 0u)) & 0xffff0000u;
+        Words high = reinterpret_cast<Words>(x);
+        if constexpr (PARTS > 2) {
+            // Three of a float32's products are dropped: its parts are rounded, since those of cut off ones would add
+            // up. But for the largest numbers, which would become infinite.
+            const Words rounds = reinterpret_cast<Words>((high & 0x7fffffffu) < 0x7f7f8000u);
+            high += rounds & 0x8000u;
+        }
+        high &= 0xffff0000u;
         x -= reinterpret_cast<Floats>(high);
         return high;
     }

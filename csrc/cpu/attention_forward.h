@@ -46,7 +46,7 @@ class AttentionForward {
     const ForwardResults& results_;
     const Runtime& runtime_;
     bool plain_;
-    float factor_;
+    Powers powers_;
     int64_t block_q_, blocks_, heads_together_, units_per_task_, chunks_, tasks_, super_, width_v_;
     int64_t pieces_, piece_keys_;  // of the keys
     float* partial_ = nullptr;     // (pieces, B, H, L) rows of width_v + 2: out, then its sum and reference
@@ -66,7 +66,7 @@ class AttentionForward {
     };
 
     AttentionForward(const Problem& p, const ForwardResults& results, const Runtime& runtime)
-        : p_(p), results_(results), runtime_(runtime), plain_(ScoreRules::plain(p)), factor_(ScoreRules::factor(p)) {
+        : p_(p), results_(results), runtime_(runtime), plain_(ScoreRules::plain(p)), powers_(ScoreRules::powers(p)) {
         block_q_ = p.len_q <= E::SHORT ? E::SHORT_BLOCK_Q : E::BLOCK_Q;
         blocks_ = (p.len_q + block_q_ - 1) / block_q_;
         // A key mask of its own would give each head other keys and values.
@@ -235,16 +235,16 @@ class AttentionForward {
                 philox_lanes(s.lanes, p_.seed, j, width, static_cast<uint32_t>(q.first + r), rules.matrix(), 0);
             Floats total = {};
             for (int64_t k = 0; k < width; k += WIDTH) {
-                const Floats x = ScoreRules::exponent(load(scores + k), factor_, reference);
+                const Floats x = load(scores + k) - reference;  // exactly 0 for the score that is the reference
                 highest = larger(x, highest);
-                Floats weight = exp2<EXP2_DEGREE<Scalar>>(x);
+                Floats weight = powers_.template of<EXP2_DEGREE<Scalar>>(x);
                 total += weight;
                 if constexpr (DROPOUT) weight = keep(kept(s.lanes + k, p_.dropout_threshold), weight);
                 E::put_left(s.weights, block_q_, BLOCK_K, r, k, weight);
             }
             store(s.block_sums + r * WIDTH, total);
         }
-        return !any(highest > ROOM);
+        return !any(highest * powers_.factor() > ROOM);
     }
 
     void raise(const Scratch& s, int64_t u, Unit q, int64_t width, float* out) const {
@@ -257,7 +257,7 @@ class AttentionForward {
             references[r] = after;
             s.unset[u] += after == -INFINITE;
             if (after == before || before == -INFINITE) continue;
-            const float ratio = exp2(broadcast((before - after) * factor_))[0];
+            const float ratio = powers_.of(broadcast(before - after))[0];
             float* sums = s.sums + (u * block_q_ + r) * WIDTH;
             store(sums, load(sums) * ratio);
             if (!s.started[u]) continue;
@@ -290,8 +290,8 @@ class AttentionForward {
                 const float before = joined[width_v_ + 1], after = next[width_v_ + 1];
                 if (next[width_v_] == 0.0f) continue;  // it saw no key
                 const float most = larger(before, after);
-                const float mine = joined[width_v_] == 0.0f ? 0.0f : exp2(broadcast((before - most) * factor_))[0];
-                const float its = exp2(broadcast((after - most) * factor_))[0];
+                const float mine = joined[width_v_] == 0.0f ? 0.0f : powers_.of(broadcast(before - most))[0];
+                const float its = powers_.of(broadcast(after - most))[0];
                 for (int64_t e = 0; e < width_v_; e += WIDTH)
                     store(joined + e, load(joined + e) * mine + load(next + e) * its);
                 joined[width_v_] = joined[width_v_] * mine + next[width_v_] * its;

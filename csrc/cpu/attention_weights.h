@@ -88,15 +88,14 @@ class AttentionWeights {
         E::pack_right_transposed(s.keys, keys + j * p_.key.row, p_.key.row, n, p_.head_dim, bias);
         E::multiply_packed(s.scores, BLOCK_K, left, s.keys, p_.head_dim, m, n, p_.head_dim, false);
         if (!PLAIN || rules.touches(i, m, j, width, bias)) rules.apply<PLAIN>(s.scores, BLOCK_K, i, m, j, width, bias);
-        const float factor = ScoreRules::factor(p_);
+        const Powers powers = ScoreRules::powers(p_);
         for (int64_t r = 0; r < m; r++) {
             const float lse = results_.lse[(b * p_.heads + h) * p_.len_q + i + r];
             const float reference = lse == -INFINITE ? 0.0f : PLAIN ? static_cast<float>(lse / p_.scale) : lse;
             if (p_.has_dropout())
                 philox_lanes(s.lanes, p_.seed, j, width, static_cast<uint32_t>(i + r), rules.matrix(), 0);
             for (int64_t k = 0; k < width; k += WIDTH) {
-                Floats weight = exp2<EXP2_DEGREE<Scalar>>(
-                    ScoreRules::exponent(load(s.scores + r * BLOCK_K + k), factor, reference));
+                Floats weight = powers.template of<EXP2_DEGREE<Scalar>>(load(s.scores + r * BLOCK_K + k) - reference);
                 if (p_.has_dropout()) weight = keep(kept(s.lanes + k, p_.dropout_threshold), weight);
                 float* mean = s.mean + r * BLOCK_K + k;
                 store(mean, load(mean) + weight);

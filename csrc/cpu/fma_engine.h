@@ -26,6 +26,8 @@ struct FmaEngine {
     static constexpr int CHUNK_Q = 512;                    // queries that share what was packed
     static constexpr int CACHE = 256 << 10;                // bytes of packed keys and values at a time
 
+    static constexpr int64_t LONGEST_SUM = 128;
+
     struct Left {
         const float* data;
         int64_t row, column;  // strides
@@ -114,11 +116,17 @@ struct FmaEngine {
 
     static void multiply(float* c, int64_t stride, Left a, const Packed* b, int64_t depth, int64_t m, int64_t n,
                          int64_t k, bool accumulate) {
-        for (int64_t j = 0; j < n; j += PANEL) {
-            const Packed* panel = b + j * depth;
-            int64_t i = 0;
-            for (; i + ROWS <= m; i += ROWS) block<ROWS>(c + i * stride + j, stride, a, i, panel, k, accumulate);
-            rest<ROWS - 1>(m - i, c + i * stride + j, stride, a, i, panel, k, accumulate);
+        // Long sums by pieces: their rounding errors grow with the piece.
+        for (int64_t done = 0; done == 0 || done < k; done += LONGEST_SUM, a.data += LONGEST_SUM * a.column) {
+            const int64_t length = smaller(LONGEST_SUM, k - done);
+            for (int64_t j = 0; j < n; j += PANEL) {
+                const Packed* panel = b + j * depth + done * PANEL;
+                float* to = c + j;
+                int64_t i = 0;
+                for (; i + ROWS <= m; i += ROWS) block<ROWS>(to + i * stride, stride, a, i, panel, length, accumulate);
+                rest<ROWS - 1>(m - i, to + i * stride, stride, a, i, panel, length, accumulate);
+            }
+            accumulate = true;
         }
     }
 

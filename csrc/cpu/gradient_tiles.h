@@ -19,7 +19,7 @@ class GradientTiles {
     const BackwardResults& results_;
     const Runtime& runtime_;
     const bool plain_ = ScoreRules::plain(p_);
-    const float factor_ = ScoreRules::factor(p_);
+    const Powers powers_ = ScoreRules::powers(p_);
     const int64_t blocks_ = (p_.len_q + BLOCK_Q - 1) / BLOCK_Q;
 
     GradientTiles(const Problem& p, const BackwardInputs& inputs, const BackwardResults& results,
@@ -127,8 +127,7 @@ class GradientTiles {
     FF_INLINE void differentiate(const TileScratch& s, int64_t r, int64_t k, const uint16_t* lanes, Floats& weight,
                                  Floats& grad) const {
         const Floats score = load(s.scores + r * BLOCK_K + k);
-        const Floats power = ((score - s.lse[r]) - s.lse_residual[r]) * factor_;
-        weight = exp2<EXP2_DEGREE<Scalar>>(power);
+        weight = powers_.template of<EXP2_DEGREE<Scalar>>((score - s.lse[r]) - s.lse_residual[r]);
         Floats product = load(s.products + r * BLOCK_K + k);
         const Floats whole = weight;
         if (p_.has_dropout()) {

@@ -1,5 +1,5 @@
 // Which float32 tensors the tile unit may take as sums of bfloat16 parts. It counts denormal factors as 0, so the parts
-// of tiny numbers would be lost; and the parts of an infinity, or of what rounds to one, are NaN.
+// of tiny numbers would be lost.
 #pragma once
 
 #include "scores.h"
@@ -8,8 +8,8 @@ namespace fusedformer::FF_LEVEL {
 
 class PartsAreExact {
   public:
-    // Whether every number of the (B, H, rows, columns) tensor is 0 or of normal size, but for the rows that all of the
-    // heads that share them exclude by `key_mask`: those are not read.
+    // Whether every number of the (B, H, rows, columns) tensor is 0 or at least 2^-100, but for the rows that all of
+    // the heads that share them exclude by `key_mask`: those are not read.
     static bool of(const Problem& p, const Rows& x, int64_t heads, int64_t rows, int64_t columns, bool masked,
                    const Runtime& runtime) {
         const int64_t batch = p.batch;
@@ -45,12 +45,12 @@ class PartsAreExact {
 
     void matrix(int64_t index) {
         const auto* row = static_cast<const float*>(x_.data) + index / heads_ * x_.batch + index % heads_ * x_.head;
-        constexpr uint32_t SMALLEST = (127u - 100u) << 23, TOO_LARGE = 0x7f7f8000u;
+        constexpr uint32_t SMALLEST = (127u - 100u) << 23;
         for (int64_t i = 0; i < rows_; i++, row += x_.row) {
             Ints outside = {};
             for (int64_t j = 0; j < columns_; j += WIDTH) {
                 const Words magnitude = reinterpret_cast<Words>(load_some(row + j, columns_ - j)) & 0x7fffffffu;
-                outside |= reinterpret_cast<Ints>((magnitude - 1 < SMALLEST - 1) | (magnitude >= TOO_LARGE));
+                outside |= reinterpret_cast<Ints>(magnitude - 1 < SMALLEST - 1);
             }
             if (any(outside) && (!masked_ || is_read(index / heads_, index % heads_, i)))
                 return __atomic_store_n(&all_, false, __ATOMIC_RELAXED);

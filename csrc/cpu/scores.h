@@ -88,8 +88,8 @@ FF_INLINE Floats add_terms(Floats scores, Floats terms) {  // an excluded score 
     return select(terms == -INFINITE, terms, scores + terms);
 }
 
-// One head's rules. `exponent` turns a finished score into the power of two that its weight is, relative to a
-// reference. Where scores need nothing but a positive scale they stay products, and the scale goes into that one step.
+// One head's rules. Where scores need nothing but a positive scale they stay products, and the scale goes into the
+// powers that make weights of them; references and log-sum-exps are in the same units as the scores.
 struct ScoreRules {
     const Problem& p;
     int64_t b, h;
@@ -157,14 +157,9 @@ struct ScoreRules {
         }
     }
 
-    // The power of two that a unit of a score stands for.
-    static float factor(const Problem& p) {
-        return static_cast<float>(plain(p) ? p.scale * 1.4426950408889634 : 1.4426950408889634);
-    }
-
-    // Exactly 0 for the score that is the reference.
-    FF_INLINE static Floats exponent(Floats score, float factor, float reference) {
-        return (score - reference) * factor;
+    // 2 to the power that a difference of scores stands for.
+    static Powers powers(const Problem& p) {
+        return Powers(plain(p) ? p.scale * 1.4426950408889634 : 1.4426950408889634);
     }
 
     uint32_t matrix() const { return static_cast<uint32_t>(b * p.heads + h); }
