@@ -87,10 +87,10 @@ Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, con
 void forward(Tensor query, Tensor key, Tensor value, MaybeTensor attn_mask, MaybeTensor masked_keys,
              MaybeTensor alibi_slopes, MaybeTensor sinks, MaybeTensor seed, double scale, int64_t position_offset,
              int64_t window_left, int64_t window_right, double softcap, int64_t dropout_threshold, double keep_scale,
-             Tensor out, Tensor lse, Tensor lse_residual) {
+             bool differentiable, Tensor out, Tensor lse, Tensor lse_residual) {
     const Problem p = problem(query, key, value, attn_mask, masked_keys, alibi_slopes, sinks, seed, scale,
                               position_offset, window_left, window_right, softcap, dropout_threshold, keep_scale);
-    attend(p, {rows(out), floats(lse), floats(lse_residual)});
+    attend(p, {rows(out), floats(lse), floats(lse_residual)}, differentiable);
 }
 
 void backward(Tensor grad_out, MaybeTensor grad_lse, Tensor out, Tensor lse, Tensor lse_residual, Tensor query,
@@ -149,15 +149,16 @@ std::string level_in_use() { return chosen_kernels().level; }
 
 namespace fusedformer {
 
-void attend(const Problem& p, const ForwardResults& results) {
-    if (is_decode(p)) return decode({p}, results.out, results.lse, results.lse_residual);
+void attend(const Problem& p, const ForwardResults& results, bool differentiable) {
+    if (!differentiable && is_decode(p)) return decode({p}, results.out, results.lse, results.lse_residual);
     chosen_kernels().forward(p, results, runtime());
 }
 
 }  // namespace fusedformer
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
-    m.def("attention_forward_cpu(" INPUTS ", Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_residual) -> ()");
+    m.def("attention_forward_cpu(" INPUTS
+          ", bool differentiable, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_residual) -> ()");
     m.def(
         "attention_backward_cpu(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor lse_residual, " INPUTS
         ", Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, Tensor(d!)? grad_attn_mask, "

@@ -254,9 +254,11 @@ class AttentionForward {
             Floats most = broadcast(-INFINITE);
             for (int64_t k = 0; k < width; k += WIDTH) most = larger(load(s.scores + r * BLOCK_K + k), most);
             const float before = references[r], after = larger(before, largest(most));
+            // A row that is within its room stays as it is: what its neighbours hold changes none of its bits.
+            if (before != -INFINITE && !((after - before) * powers_.factor() > ROOM)) continue;
             references[r] = after;
             s.unset[u] += after == -INFINITE;
-            if (after == before || before == -INFINITE) continue;
+            if (before == -INFINITE) continue;
             const float ratio = powers_.of(broadcast(before - after))[0];
             float* sums = s.sums + (u * block_q_ + r) * WIDTH;
             store(sums, load(sums) * ratio);

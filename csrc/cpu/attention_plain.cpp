@@ -86,7 +86,7 @@ std::optional<Tensor> plain(Tensor query, Tensor key, Tensor value, std::optiona
     p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
     p.position_offset = 0, p.window_left = -1, p.window_right = is_causal ? 0 : -1, p.softcap = 0.0;
     const Rows out_rows = {out.data_ptr(), strides[0], strides[1], strides[2]};
-    attend(p, {out_rows, lse.get(), lse.get() + rows});
+    attend(p, {out_rows, lse.get(), lse.get() + rows}, false);
     return out;
 }
 

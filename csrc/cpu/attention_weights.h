@@ -95,7 +95,8 @@ class AttentionWeights {
             if (p_.has_dropout())
                 philox_lanes(s.lanes, p_.seed, j, width, static_cast<uint32_t>(i + r), rules.matrix(), 0);
             for (int64_t k = 0; k < width; k += WIDTH) {
-                Floats weight = powers.template of<EXP2_DEGREE<Scalar>>(load(s.scores + r * BLOCK_K + k) - reference);
+                Floats weight = powers.template of<EXP2_DEGREE<Scalar>>(
+                    smaller(load(s.scores + r * BLOCK_K + k) - reference, Floats{}));
                 if (p_.has_dropout()) weight = keep(kept(s.lanes + k, p_.dropout_threshold), weight);
                 float* mean = s.mean + r * BLOCK_K + k;
                 store(mean, load(mean) + weight);

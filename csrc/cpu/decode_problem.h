@@ -39,7 +39,8 @@ inline bool is_decode(const Problem& p) {
 // Runs the chosen level's kernel: plans the pieces and keeps their memory. Every rule of Problem holds but dropout.
 void decode(DecodeProblem problem, Rows out, float* lse, float* lse_residual);
 
-// Attention forward by the kernel that suits the number of queries: the level's `forward`, or `decode`.
-void attend(const Problem& problem, const ForwardResults& results);
+// Attention forward by the kernel that suits the number of queries: the level's `forward`, or `decode`. Not the latter
+// where a backward will follow: that computes the scores again and must find the same bits.
+void attend(const Problem& problem, const ForwardResults& results, bool differentiable);
 
 }  // namespace fusedformer

@@ -127,7 +127,9 @@ class GradientTiles {
     FF_INLINE void differentiate(const TileScratch& s, int64_t r, int64_t k, const uint16_t* lanes, Floats& weight,
                                  Floats& grad) const {
         const Floats score = load(s.scores + r * BLOCK_K + k);
-        weight = powers_.template of<EXP2_DEGREE<Scalar>>((score - s.lse[r]) - s.lse_residual[r]);
+        // No weight is above 1; the rounding of huge scores would make it so.
+        const Floats below = smaller((score - s.lse[r]) - s.lse_residual[r], Floats{});
+        weight = powers_.template of<EXP2_DEGREE<Scalar>>(below);
         Floats product = load(s.products + r * BLOCK_K + k);
         const Floats whole = weight;
         if (p_.has_dropout()) {

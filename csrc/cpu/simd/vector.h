@@ -56,6 +56,7 @@ FF_INLINE Ints bits_of(Floats v) { return reinterpret_cast<Ints>(v); }
 FF_INLINE Floats from_bits(Ints v) { return reinterpret_cast<Floats>(v); }
 FF_INLINE Floats select(Ints mask, Floats a, Floats b) { return from_bits((bits_of(a) & mask) | (bits_of(b) & ~mask)); }
 FF_INLINE Floats keep(Ints mask, Floats a) { return from_bits(bits_of(a) & mask); }  // 0 elsewhere
+FF_INLINE Floats smaller(Floats a, Floats b) { return a > b ? b : a; }               // a where either is NaN
 FF_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }                // b where either is NaN
 
 FF_INLINE Ints lane_numbers() {
