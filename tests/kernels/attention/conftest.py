@@ -19,7 +19,7 @@ DRAWS = 3
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """A native kernel violates the contract where three fresh draws in a row say so: one draw of few numbers may find
     eager's largest error small by luck. What is wrong by more than luck is wrong in every draw."""
-    given = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    given: dict[str, Any] = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     is_native = any(pyfuncitem.iter_markers("level")) or pyfuncitem.module.__name__.endswith("test_native")
     if "seed" not in given or not is_native:
         return None
