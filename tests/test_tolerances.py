@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
+from tests.tolerances import ContractViolation, Draws, assert_equal_bits, assert_no_mistake, assert_within_contract
 
 INF, NAN = float("inf"), float("nan")
 TRUTH = torch.tensor([1.0, -2.0, 4.0, 0.5], dtype=torch.float64)
@@ -56,6 +56,41 @@ def test_the_worst_of_several_eager_results_counts() -> None:
     assert_within_contract(off_by(0.0199).float(), TRUTH, [TRUTH.float(), EAGER])
     with pytest.raises(AssertionError, match="largest error"):
         assert_within_contract(off_by(0.0199).float(), TRUTH, [TRUTH.float(), TRUTH.float()])
+
+
+def judged_together(errors: list[float], eager_errors: list[float]) -> None:
+    draws = Draws()
+    for error, eager_error in zip(errors, eager_errors, strict=True):
+        with draws.another():
+            assert_within_contract(off_by(error).float(), TRUTH, off_by(eager_error, at=0).float(), "out")
+    draws.judge()
+
+
+def test_an_unlucky_draw_is_weighed_with_the_others() -> None:
+    judged_together([0.03, 0.01, 0.01, 0.02], [0.01, 0.02, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("errors", "norm"),
+    [
+        ([0.025] * 4, "largest"),  # wrong in every draw
+        ([0.05, 0.0, 0.0, 0.0], "largest"),  # no draw is discarded
+        ([0.039, 0.039, 0.039, 0.039], "root mean square"),  # eager was unlucky once
+    ],
+)
+def test_what_is_wrong_by_more_than_luck_stays_wrong(errors: list[float], norm: str) -> None:
+    eager_errors = [0.02 if norm != "largest" else 0.01, 0.01, 0.01, 0.01]
+    with pytest.raises(ContractViolation, match=f"out: {norm} error .* in 4 draws together is .* x eager's"):
+        judged_together(errors, eager_errors)
+
+
+def test_draws_must_measure_the_same() -> None:
+    draws = Draws()
+    for what in ("out", "lse"):
+        with draws.another():
+            assert_within_contract(EAGER, TRUTH, EAGER, what)
+    with pytest.raises(AssertionError, match="different things"):
+        draws.judge()
 
 
 @pytest.mark.parametrize("wrong", [NAN, INF, -INF])

@@ -7,26 +7,95 @@ same dtype; ``band`` is one rounding of the output dtype at the truth's magnitud
 tensor: the largest element (no element is far off) and the root mean square (most are not slightly off), each with the
 truth's magnitude in that norm. Per element it could not be sound: eager hits single elements exactly by luck. So it may
 a whole tensor, where one row's cancellation makes up the error; so eager may be computed several times, its sums in
-other orders, and the worst counts.
+other orders, and the worst counts. And so may a tensor of few numbers: what violates the contract in one draw of the
+inputs is judged on ``DRAWS`` of them, that one included, as one tensor (``conftest.py`` runs the test on them). What is
+wrong by more than luck stays wrong; no draw is discarded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 FACTOR = 2.0
+DRAWS = 8
 
 NORMS: dict[str, Callable[[Tensor], float]] = {
     "largest": lambda x: x.abs().max().item(),
     "root mean square": lambda x: x.square().mean().sqrt().item(),
 }
+# The norm of several tensors of one size as one, from the norm of each.
+NORM_OF_ALL: dict[str, Callable[[Sequence[float]], float]] = {
+    "largest": max,
+    "root mean square": lambda norms: math.sqrt(sum(x * x for x in norms) / len(norms)),
+}
 
 
 class ContractViolation(AssertionError):
-    """An error beyond the contract's. Of few numbers the largest error is a matter of luck, eager's as ours."""
+    """An error beyond the contract's."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One tensor's error and eager's, each in one norm, and the truth's magnitude in it."""
+
+    what: str
+    norm: str
+    error: float
+    eager_error: float
+    magnitude: float
+    eps: float
+
+    def judge(self, of: str = "") -> None:
+        """Raises where the contract is violated."""
+        band = self.eps * self.magnitude
+        limit = FACTOR * self.eager_error + band
+        if not self.error <= limit:
+            ratio = f"{self.error / self.eager_error:.2f}" if self.eager_error else "infinitely many"
+            raise ContractViolation(
+                f"{self.what}: {self.norm} error {self.error:.3g}{of} is {ratio} x eager's {self.eager_error:.3g}; "
+                f"allowed {FACTOR:g} x eager's + one rounding band {band:.3g} = {limit:.3g}"
+            )
+
+
+@dataclass
+class Draws:
+    """What several runs of one test measured, each on numbers of its own; judged as if they were one run's."""
+
+    runs: list[list[Measurement]] = field(default_factory=list)
+
+    @contextmanager
+    def another(self) -> Iterator[None]:
+        """Within the block measurements are kept instead of judged."""
+        global _run
+        assert _run is None
+        self.runs.append([])
+        _run = self.runs[-1]
+        try:
+            yield
+        finally:
+            _run = None
+
+    def judge(self) -> None:
+        """Raises where all draws together violate the contract."""
+        for same in zip(*self.runs, strict=True):
+            first = same[0]
+            names = {(one.what, one.norm, one.eps) for one in same}
+            assert len(names) == 1, f"the draws of one test measure different things: {names}"
+            of_all = NORM_OF_ALL[first.norm]
+            error, eager_error, magnitude = (
+                of_all([getattr(one, name) for one in same]) for name in ("error", "eager_error", "magnitude")
+            )
+            together = Measurement(first.what, first.norm, error, eager_error, magnitude, first.eps)
+            together.judge(f" in {len(same)} draws together")
+
+
+_run: list[Measurement] | None = None
 
 
 def assert_within_contract(
@@ -56,13 +125,12 @@ def assert_within_contract(
     for norm_name, norm in NORMS.items():
         error = norm((actual64 - truth)[finite])
         eager_error = max(norm(_finite_errors(attempt, truth)) for attempt in attempts)
-        band = torch.finfo(actual.dtype).eps * norm(truth[finite])
-        limit = FACTOR * eager_error + band
-        if not error <= limit:
-            raise ContractViolation(
-                f"{what}: {norm_name} error {error:.3g} is {_ratio(error, eager_error)} x eager's {eager_error:.3g}; "
-                f"allowed {FACTOR:g} x eager's + one rounding band {band:.3g} = {limit:.3g}"
-            )
+        eps = torch.finfo(actual.dtype).eps
+        measurement = Measurement(what, norm_name, error, eager_error, norm(truth[finite]), eps)
+        if _run is None:
+            measurement.judge()
+        else:
+            _run.append(measurement)
 
 
 def _finite_errors(eager: Tensor, truth: Tensor) -> Tensor:
@@ -92,10 +160,6 @@ def assert_equal_bits(actual: Tensor, expected: Tensor, what: str = "result") ->
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
     assert not actual.isnan().any(), f"{what}: NaN at {_where(actual.isnan())}"
     assert torch.equal(actual, expected), f"{what}: differs at {_where(actual != expected)}"
-
-
-def _ratio(error: float, eager_error: float) -> str:
-    return f"{error / eager_error:.2f}" if eager_error else "infinitely many"
 
 
 def _where(wrong: Tensor) -> str:

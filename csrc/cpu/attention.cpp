@@ -1,47 +1,16 @@
 // The attention operators as torch sees them: tensors become the pointers and strides of `Problem`, nothing else.
 // kernels/attention/native_cpu.py allocates the results and is their only caller, so the checks are its.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <stdexcept>
 #include <string>
 
 #include "decode_problem.h"
 #include "level.h"
-#include "problem.h"
 #include "runtime.h"
+#include "tensors.h"
 
+namespace fusedformer {
 namespace {
-
-using namespace fusedformer;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-Type type_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case ScalarType::Bool:
-            return Type::boolean;
-        case ScalarType::Float:
-            return Type::float32;
-        case ScalarType::Half:
-            return Type::float16;
-        case ScalarType::BFloat16:
-            return Type::bfloat16;
-        case ScalarType::Double:
-            return Type::float64;
-        default:
-            throw std::invalid_argument("a tensor's dtype is none that the kernels read");
-    }
-}
-
-// A dimension of size 1 may have any stride; 0 broadcasts it.
-int64_t stride(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
-
-Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-Rows rows(const MaybeTensor& x) { return x ? rows(*x) : Rows{}; }
 
 Mask mask(const MaybeTensor& x) {  // (B, H, L, S)
     if (!x) return {};
@@ -51,11 +20,6 @@ Mask mask(const MaybeTensor& x) {  // (B, H, L, S)
 Mask key_mask(const MaybeTensor& x) {  // (B, H, S)
     if (!x) return {};
     return {type_of(*x), x->data_ptr(), stride(*x, 0), stride(*x, 1), 0, stride(*x, 2)};
-}
-
-Mask per_head(const MaybeTensor& x) {  // (B, H)
-    if (!x) return {};
-    return {type_of(*x), x->data_ptr(), stride(*x, 0), stride(*x, 1), 0, 0};
 }
 
 float* floats(const MaybeTensor& x) { return x ? static_cast<float*>(x->data_ptr()) : nullptr; }
@@ -87,10 +51,10 @@ Problem problem(const Tensor& query, const Tensor& key, const Tensor& value, con
 void forward(Tensor query, Tensor key, Tensor value, MaybeTensor attn_mask, MaybeTensor masked_keys,
              MaybeTensor alibi_slopes, MaybeTensor sinks, MaybeTensor seed, double scale, int64_t position_offset,
              int64_t window_left, int64_t window_right, double softcap, int64_t dropout_threshold, double keep_scale,
-             bool differentiable, Tensor out, Tensor lse, Tensor lse_residual) {
+             bool return_lse, Tensor out, Tensor lse, Tensor lse_residual) {
     const Problem p = problem(query, key, value, attn_mask, masked_keys, alibi_slopes, sinks, seed, scale,
                               position_offset, window_left, window_right, softcap, dropout_threshold, keep_scale);
-    attend(p, {rows(out), floats(lse), floats(lse_residual)}, differentiable);
+    attend(p, {rows(out), floats(lse), floats(lse_residual)}, return_lse);
 }
 
 void backward(Tensor grad_out, MaybeTensor grad_lse, Tensor out, Tensor lse, Tensor lse_residual, Tensor query,
@@ -147,18 +111,14 @@ std::string level_in_use() { return chosen_kernels().level; }
 
 }  // namespace
 
-namespace fusedformer {
-
-void attend(const Problem& p, const ForwardResults& results, bool differentiable) {
-    if (!differentiable && is_decode(p)) return decode({p}, results.out, results.lse, results.lse_residual);
+void attend(const Problem& p, const ForwardResults& results, bool return_lse) {
+    if (!return_lse && is_decode(p)) return decode({p}, results.out, results.lse, results.lse_residual);
     chosen_kernels().forward(p, results, runtime());
 }
 
-}  // namespace fusedformer
-
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
     m.def("attention_forward_cpu(" INPUTS
-          ", bool differentiable, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_residual) -> ()");
+          ", bool return_lse, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_residual) -> ()");
     m.def(
         "attention_backward_cpu(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor lse_residual, " INPUTS
         ", Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, Tensor(d!)? grad_attn_mask, "
@@ -185,3 +145,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CompositeExplicitAutograd, m) {
     m.impl("cpu_level", TORCH_BOX(&level_in_use));
     m.impl("choose_cpu_level", TORCH_BOX(&choose_level));
 }
+
+}  // namespace fusedformer

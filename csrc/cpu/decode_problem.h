@@ -40,7 +40,8 @@ inline bool is_decode(const Problem& p) {
 void decode(DecodeProblem problem, Rows out, float* lse, float* lse_residual);
 
 // Attention forward by the kernel that suits the number of queries: the level's `forward`, or `decode`. Not the latter
-// where a backward will follow: that computes the scores again and must find the same bits.
-void attend(const Problem& problem, const ForwardResults& results, bool differentiable);
+// where the log-sum-exp will be used: backward and `attention_weights` compute the scores again, and those of the
+// decode kernel round otherwise.
+void attend(const Problem& problem, const ForwardResults& results, bool return_lse);
 
 }  // namespace fusedformer

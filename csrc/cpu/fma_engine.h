@@ -148,22 +148,40 @@ struct FmaEngine {
     }
 
     template <int M>
+    static FF_INLINE void add(Floats (*sums)[2], const float* a, int64_t row, Floats b0, Floats b1) {
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {
+            const float x = a[i * row];
+            sums[i][0] += b0 * x;
+            sums[i][1] += b1 * x;
+        }
+    }
+
+    template <int M>
     static __attribute__((noinline)) void block(float* c, int64_t stride, Left left, int64_t first, const Packed* panel,
                                                 int64_t k, bool accumulate) {
         const float* a = left.data + first * left.row;
         const int64_t row = left.row, column = left.column;
-        Floats sums[M][2];
+        // Few rows leave registers for sums of every SPLIT-th term: these wait less for each other, and round less.
+        constexpr int SPLIT = 4 * M <= ROWS ? 4 : 2 * M <= ROWS ? 2 : 1;
+        Floats sums[M * SPLIT][2];
 #pragma GCC unroll 16
-        for (int i = 0; i < M; i++) {
+        for (int i = 0; i < M * SPLIT; i++) {
             sums[i][0] = sums[i][1] = Floats{};
         }
-        for (int64_t l = 0; l < k; l++, panel += PANEL, a += column) {
-            const Floats b0 = load(panel), b1 = load(panel + WIDTH);
+        int64_t l = 0;
+        for (; l + SPLIT <= k; l += SPLIT) {
+#pragma GCC unroll 4
+            for (int part = 0; part < SPLIT; part++, panel += PANEL, a += column)
+                add<M>(sums + part * M, a, row, load(panel), load(panel + WIDTH));
+        }
+        for (; l < k; l++, panel += PANEL, a += column) add<M>(sums, a, row, load(panel), load(panel + WIDTH));
+#pragma GCC unroll 2
+        for (int half = SPLIT / 2; half > 0; half /= 2) {
 #pragma GCC unroll 16
-            for (int i = 0; i < M; i++) {
-                const float x = a[i * row];
-                sums[i][0] += b0 * x;
-                sums[i][1] += b1 * x;
+            for (int i = 0; i < M * half; i++) {
+                sums[i][0] += sums[i + M * half][0];
+                sums[i][1] += sums[i + M * half][1];
             }
         }
 #pragma GCC unroll 16

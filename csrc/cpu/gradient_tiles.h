@@ -115,6 +115,8 @@ class GradientTiles {
                 for (int64_t below = 0; below <= pair; below++)
                     philox_lanes(s.lanes + below * BLOCK_K, p_.seed, j, width,
                                  static_cast<uint32_t>(q.first + r + below), rules.matrix(), 0);
+            if (p_.len_k <= BLOCK_K)
+                for (int64_t below = 0; below <= pair; below++) sum_row(s, b, q, r + below, width, below);
             for (int64_t k = 0; k < width; k += WIDTH) {
                 Floats weight, weight_below = {}, grad, grad_below = {};
                 differentiate(s, r, k, s.lanes + k, weight, grad);
@@ -122,6 +124,19 @@ class GradientTiles {
                 each(r, k, weight, grad, weight_below, grad_below);
             }
         }
+    }
+
+    // Where all of a row is here, delta is the sum of these very products: a peaked row's rounding errors then cancel,
+    // which those of rowsum(out * grad_out) would not.
+    void sum_row(const TileScratch& s, int64_t b, const Queries& q, int64_t r, int64_t width, int64_t below) const {
+        s.delta[r] = 0.0f;
+        Floats total = {}, weight, product;
+        for (int64_t k = 0; k < width; k += WIDTH) {
+            differentiate(s, r, k, s.lanes + below * BLOCK_K + k, weight, product);
+            total += product;
+        }
+        const int64_t row = (b * p_.heads + q.head) * p_.len_q + q.first + r;
+        s.delta[r] = sum(total) - (inputs_.grad_lse ? inputs_.grad_lse[row] : 0.0f);
     }
 
     FF_INLINE void differentiate(const TileScratch& s, int64_t r, int64_t k, const uint16_t* lanes, Floats& weight,

@@ -36,6 +36,8 @@ inline int64_t stride(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 
 
 inline Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
+inline Rows rows(const MaybeTensor& x) { return x ? rows(*x) : Rows{}; }
+
 inline Mask per_head(const MaybeTensor& x) {  // (B, H)
     if (!x) return {};
     return {type_of(*x), x->data_ptr(), stride(*x, 0), stride(*x, 1), 0, 0};
