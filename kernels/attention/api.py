@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..common import native, philox
+from ..common.autocast import autocast
 from ..common.backend import AUTO, Candidate, is_free_to, select
 from ..common.checks import check_shape, check_tensor
+from ..common.library import distinct
 from . import native_cpu, op, reference, torch_sdpa, triton_support
 from .problem import AttentionProblem, canonical
 
@@ -140,7 +142,7 @@ def attention(
         plain = native_cpu.plain(query, key, value, scale, is_causal, enable_gqa)
         if plain is not None:
             return plain
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     problem = canonical(
         query,
         key,
@@ -255,7 +257,7 @@ def attention_weights(
         raise ValueError(
             "seed: got None, expected the seed that attention was given: without it the weights are others"
         )
-    query, key = _autocast(query, key)
+    query, key = autocast(query, key)
     problem = canonical(
         query,
         key,
@@ -297,7 +299,7 @@ def attention_with_weights(
 
     Where no kernel runs, the eager weights serve both, which the two calls in sequence would compute twice.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     problem = canonical(
         query,
         key,
@@ -336,18 +338,6 @@ def _is_plain(dropout_p: float, scale: float | None, backend: str) -> bool:
     return numbers and is_free_to("cpu", backend)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, its dtype for every floating tensor but float64, as torch does for its own attention."""
-    device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    )
-
-
 def _with_seed(problem: AttentionProblem) -> AttentionProblem:
     if problem.dropout_p == 0.0 or problem.seed is not None:
         return problem
@@ -360,7 +350,7 @@ def _run(backend: str, problem: AttentionProblem) -> tuple[Tensor, Tensor | None
     problem = _with_seed(problem)
     if backend == "reference":
         return reference.attention(*problem[:14])[:2]
-    return op.attend(_distinct(problem)[:8], (*problem[8:15], backend), problem.requires_grad)
+    return op.attend(problem, backend)
 
 
 def _run_weights(backend: str, problem: AttentionProblem, lse: Tensor, average_heads: bool) -> Tensor:
@@ -369,19 +359,7 @@ def _run_weights(backend: str, problem: AttentionProblem, lse: Tensor, average_h
         return reference.attention_weights(
             p.query, p.key, lse, p.attn_mask, p.key_mask, p.alibi_slopes, *p[7:14], average_heads
         )
-    return op.AttentionWeights.apply(lse, *_distinct(problem)[:8], (*problem[8:15], backend), average_heads)  # type: ignore[no-any-return]
-
-
-def _distinct(problem: AttentionProblem) -> AttentionProblem:
-    """The same problem, no tensor given twice: Dynamo refuses the same input in two places of an autograd function."""
-    if not torch.compiler.is_compiling():
-        return problem
-    key, value = problem.key, problem.value
-    if value is key or value is problem.query:
-        value = value.view_as(value)
-    if key is problem.query:
-        key = key.view_as(key)
-    return problem._replace(key=key, value=value)
+    return op.AttentionWeights.apply(lse, *distinct(problem[:8]), (*problem[8:], backend), average_heads)  # type: ignore[no-any-return]
 
 
 def _flatten_leading(

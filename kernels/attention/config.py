@@ -6,10 +6,11 @@ fit the smallest shared memory of the GPUs Triton supports (99 KiB) and need not
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from ..common import tables
 
 MIN_BLOCK = 16  # the smallest side of a tensor-core product
 MAX_EXTRAS = 5  # of ``triton_arguments.extras``
@@ -43,14 +44,12 @@ def padded_head_dim(head_dim: int) -> int:
 
 @cache
 def _table(architecture: str) -> tuple[_Row, ...]:
-    path = _TABLES / f"{architecture}.json"
-    rows = json.loads((path if path.exists() else _TABLES / "default.json").read_text())
-    return tuple(_Row(**{**row, "tile": Tile(**row["tile"])}) for row in rows)
+    return tuple(_Row(**{**row, "tile": Tile(**row["tile"])}) for row in tables.read_table(_TABLES, architecture))
 
 
 def is_tuned(architecture: str) -> bool:
     """Whether the architecture has a table of its own."""
-    return (_TABLES / f"{architecture}.json").exists()
+    return tables.is_tuned(_TABLES, architecture)
 
 
 def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architecture: str, extras: int) -> Tile:

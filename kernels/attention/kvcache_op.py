@@ -6,7 +6,6 @@ compiler copies no cache for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..common import native
 from ..common.checks import dtype_name
-from ..common.library import LIBRARY, NAMESPACE, empty_in_order_of
+from ..common.library import LIBRARY, empty_in_order_of, register
 from . import reference
 
 _NATIVE = "attention_decode_cpu"
@@ -139,14 +138,9 @@ def _seqlens_fake(cache_seqlens: Tensor, *_: Any) -> Tensor:
     return cache_seqlens.new_empty(cache_seqlens.shape, dtype=torch.int64)
 
 
-def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-
-
-_register("attention_with_kvcache", _implementation, _fake)
-_register("attention_over_kvcache", _implementation, _fake)
-_register("checked_seqlens", _checked_seqlens, _seqlens_fake)
+register("attention_with_kvcache", _implementation, _fake)
+register("attention_over_kvcache", _implementation, _fake)
+register("checked_seqlens", _checked_seqlens, _seqlens_fake)
 
 
 # ---- the native kernel

@@ -97,9 +97,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     lse = p.query.new_empty((batch, heads, len_q), dtype=torch.float32)
     lse_residual = torch.empty_like(lse)
     if out.numel() > 0:
-        # Backward computes the scores again, which must come out the same: not every kernel will do.
-        differentiable = any(x is not None and x.requires_grad for x in p[:7])
-        torch.ops.fusedformer_native.attention_forward_cpu(*_arguments(p), differentiable, out, lse, lse_residual)
+        torch.ops.fusedformer_native.attention_forward_cpu(*_arguments(p), p.return_lse, out, lse, lse_residual)
     return out, lse, lse_residual
 
 

@@ -7,25 +7,27 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.derivatives import vjp
 from ..common.library import (
     LIBRARY,
-    NAMESPACE,
     apply_function,
+    distinct,
     empty_in_order_of,
     gradient_like,
     is_transformed,
     is_watched,
+    register,
 )
+from ..common.vmap import one_by_one
 from . import reference
 from .problem import AttentionProblem
-from .vmap import batch_of, fold_inputs, fold_tensors, one_by_one, unfold
+from .vmap import batch_of, fold_inputs, fold_tensors, unfold
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_mask, Tensor? alibi_slopes, Tensor? sinks, "
@@ -33,7 +35,7 @@ _INPUTS = (
 )
 _SETTINGS = (
     "float scale, SymInt position_offset, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
-    "str precision, str backend"
+    "str precision, bool return_lse, str backend"
 )
 LIBRARY.define(f"attention_forward({_INPUTS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
@@ -64,8 +66,7 @@ def _implementation(backend: str) -> ModuleType:
 
 
 def _problem(inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> AttentionProblem:
-    fields = (*inputs, *settings[:-1], True)
-    return AttentionProblem(*fields)
+    return AttentionProblem(*inputs, *settings[:-1])
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,17 +120,9 @@ def _weights_fake(lse: Tensor, *arguments: Any) -> Tensor:
     return query.new_empty((batch, *heads_out, len_q, key.size(2)))  # type: ignore[no-any-return]
 
 
-def _register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-
-
-_register("attention_forward", _forward, _forward_fake)
-_register("attention_backward", _backward, _backward_fake)
-_register("attention_weights", _weights, _weights_fake)
-forward_op = torch.ops.fusedformer.attention_forward.default
-backward_op = torch.ops.fusedformer.attention_backward.default
-weights_op = torch.ops.fusedformer.attention_weights.default
+forward_op = register("attention_forward", _forward, _forward_fake)
+backward_op = register("attention_backward", _backward, _backward_fake)
+weights_op = register("attention_weights", _weights, _weights_fake)
 
 
 class AttentionForward(torch.autograd.Function):
@@ -259,14 +252,14 @@ class AttentionBackward(torch.autograd.Function):
                 everything: tuple[Any, ...] = (*masked, alibi_slopes, given["sinks"], seed, *settings)
                 return reference.attention(*everything)[:2]
 
-            (out, lse), pull = _vjp(forward, *arguments[: len(primals)])
+            (out, lse), pull = vjp(forward, *arguments[: len(primals)])
             cotangents = arguments[len(primals) :]
             pulled = pull((cotangents[0].to(out.dtype), cotangents[1] if has_grad_lse else torch.zeros_like(lse)))
             by_name = dict(zip(primals, pulled, strict=True))
             return tuple(by_name[name] for name in wanted)
 
         cotangents = (grad_out, grad_lse) if has_grad_lse else (grad_out,)
-        _, pull = _vjp(first_order, *primals.values(), *cotangents)
+        _, pull = vjp(first_order, *primals.values(), *cotangents)
         asked = zip(grads, ctx.output_mask, strict=True)
         pulled = pull(tuple(grad for grad, given in asked if given))
         by_name = dict(zip(primals, pulled, strict=False))
@@ -353,7 +346,7 @@ class AttentionWeights(torch.autograd.Function):
             arguments = (*(given[name] for name in names), alibi_slopes, seed, *ctx.settings, ctx.average_heads)
             return reference.attention_weights(*arguments)
 
-        _, pull = _vjp(forward, *primals.values())
+        _, pull = vjp(forward, *primals.values())
         grads = dict(zip(primals, pull(grad), strict=True))
         by_position = (grads["lse"], grads["query"], grads["key"], None, grads.get("attn_mask"), grads.get("key_mask"))
         return (*by_position, None, None, None, None, None)
@@ -368,15 +361,13 @@ class AttentionWeights(torch.autograd.Function):
         return weights.unflatten(0, (info.batch_size, -1)), 0
 
 
-def attend(inputs: tuple[Any, ...], settings: tuple[Any, ...], requires_grad: bool) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` from the eight tensors of a problem and its settings, the last of them the backend's name."""
-    if requires_grad or is_transformed():
+def attend(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``; the second of use only where the problem asks for it."""
+    inputs, transformed = distinct(problem[:8]), is_transformed()
+    # Backward needs the log-sum-exp too, also where a transform (which Dynamo sees through) hides that there is one.
+    requires_grad = problem.requires_grad or (transformed and not torch.compiler.is_compiling())
+    settings = (*problem[8:15], problem.return_lse or requires_grad, backend)
+    if requires_grad or transformed:
         return apply_function(AttentionForward, *inputs, settings)[:2]  # type: ignore[no-any-return]
     forward = forward_op if is_watched(inputs) else _forward
     return forward(*inputs, *settings)[:2]
-
-
-def _vjp(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
-    """``torch.func.vjp``, without its auxiliary output."""
-    outputs, pull = torch.func.vjp(function, *primals)[:2]
-    return outputs, pull

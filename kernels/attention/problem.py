@@ -8,11 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating, check_number, check_probability, check_shape, check_tensor, dtype_name
+from ..common.checks import (
+    check_floating,
+    check_number,
+    check_probability,
+    check_seed,
+    check_shape,
+    check_tensor,
+    dtype_name,
+)
+from ..common.precision import check_precision
 
 MAX_HEAD_DIM = 256
-PRECISIONS = ("ieee", "tf32", "tf32x3")
-FOLLOW_TORCH = "torch"  # torch's fp32 matmul setting, read when the kernel runs
 
 
 class AttentionProblem(NamedTuple):
@@ -36,8 +43,8 @@ class AttentionProblem(NamedTuple):
     window_right: int  # keys ahead of the position, -1 = unbounded, 0 = causal
     softcap: float  # 0 = none
     dropout_p: float
-    precision: str  # fp32 products: PRECISIONS or FOLLOW_TORCH
-    return_lse: bool
+    precision: str  # fp32 products: one of common/precision.py's
+    return_lse: bool  # the log-sum-exp, of the very scores that backward and `attention_weights` compute again
 
     @property
     def requires_grad(self) -> bool:
@@ -86,8 +93,7 @@ def canonical(
     len_k = key.size(2)
     check_probability("dropout_p", dropout_p)
     scale, softcap = check_scale_and_softcap(scale, softcap, head_dim)
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, expected one of {PRECISIONS}, or None for torch's setting")
+    precision = check_precision(precision)
     left, right = check_window(window)
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f'causal_alignment: got {causal_alignment!r}, expected "top_left" or "bottom_right"')
@@ -100,14 +106,14 @@ def canonical(
         key_mask,
         per_head("alibi_slopes", alibi_slopes, query),
         per_head("sinks", sinks, query),
-        _check_seed(seed, query) if dropout_p > 0.0 else None,
+        check_seed(seed, query.device) if dropout_p > 0.0 else None,
         scale,
         len_k - len_q if causal_alignment == "bottom_right" else 0,
         left,
         0 if is_causal else right,
         softcap,
         float(dropout_p),
-        precision or FOLLOW_TORCH,
+        precision,
         return_lse,
     )
 
@@ -228,13 +234,3 @@ def per_head(name: str, x: Tensor | None, query: Tensor) -> Tensor | None:
             return x.expand(batch, heads)
     check_shape(name, x, (heads,), "(H,)")
     return x.expand(batch, heads)
-
-
-def _check_seed(seed: Tensor | None, query: Tensor) -> Tensor | None:
-    if seed is None:
-        return None
-    check_tensor("seed", seed, device=query.device)
-    if seed.dtype != torch.int64 or seed.shape != (2,):
-        got = f"{dtype_name(seed.dtype)} of shape {tuple(seed.shape)}"
-        raise TypeError(f"seed: got {got}, expected an int64 tensor of shape (2,)")
-    return seed

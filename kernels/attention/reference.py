@@ -8,13 +8,11 @@ dtype and device, differentiable to any order. Half inputs are computed in fp32,
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..common import philox
+from ..common.autocast import no_autocast
 from .masks import band, query_positions, takes_part
 from .problem import AttentionProblem
 
@@ -39,12 +37,12 @@ def attention(
 
     (B, H, L, Ev) in the dtype of query; (B, H, L) and (B, H, L, S), after dropout, in the dtype of the computation.
     """
-    with _no_autocast(query.device.type):
+    with no_autocast(query.device.type):
         scores = _scores(
             query, key, attn_mask, key_mask, alibi_slopes, scale, position_offset, window_left, window_right, softcap
         )
         weights, lse = _softmax(scores, sinks)
-        weights = _dropout(weights, seed, dropout_p)
+        weights = philox.dropout(weights, seed, dropout_p, philox.STREAM_ATTENTION)
         out = weights @ _used_slots(value, query, key_mask).to(weights.dtype)
         return out.to(query.dtype), lse, weights
 
@@ -66,21 +64,14 @@ def attention_weights(
     average_heads: bool,
 ) -> Tensor:
     """The weights that multiply the values, from the log-sum-exp: (B, H, L, S), or (B, L, S) averaged over heads."""
-    with _no_autocast(query.device.type):
+    with no_autocast(query.device.type):
         scores = _scores(
             query, key, attn_mask, key_mask, alibi_slopes, scale, position_offset, window_left, window_right, softcap
         )
         lse = lse.to(scores.dtype)[..., None]
         weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)).exp()  # an empty row's scores are all -inf
-        weights = _dropout(weights, seed, dropout_p)
+        weights = philox.dropout(weights, seed, dropout_p, philox.STREAM_ATTENTION)
         return (weights.mean(dim=1) if average_heads else weights).to(query.dtype)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """The products below are to run in the dtype they are given; autocast, where it is on, has been applied before."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _scores(
@@ -135,15 +126,6 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     weights = (weights / total).masked_fill(scores == float("-inf"), 0.0)
     extra = 1 if sinks is None else 2
     return weights[..., : weights.size(-1) - extra], lse
-
-
-def _dropout(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
-    if dropout_p == 0.0:
-        return weights
-    assert seed is not None
-    batch, heads, len_q, len_k = weights.shape
-    keep = philox.keep_mask(seed, batch * heads, len_q, len_k, dropout_p, philox.STREAM_ATTENTION)
-    return torch.where(keep.view(weights.shape), weights * philox.keep_scale(dropout_p), 0.0)
 
 
 def _used_slots(x: Tensor, query: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..common.checks import dtype_name
+from ..common.precision import FOLLOW_TORCH
 from .masks import band, takes_part
-from .problem import FOLLOW_TORCH, AttentionProblem
+from .problem import AttentionProblem
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..common import philox
+from ..common.precision import product_precision
 from .config import Tile, padded_head_dim
-from .problem import FOLLOW_TORCH, AttentionProblem
+from .problem import AttentionProblem
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
@@ -31,15 +32,6 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
 
 def is_bool(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.bool
-
-
-def precision(problem: AttentionProblem) -> str:
-    """Triton's name for how float32 products are computed. Half inputs have one way only."""
-    if problem.query.dtype != torch.float32:
-        return "ieee"
-    if problem.precision != FOLLOW_TORCH:
-        return problem.precision
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def scale_later(problem: AttentionProblem) -> bool:
@@ -103,7 +95,7 @@ def problem_arguments(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
         "BLOCK_E": padded_head_dim(head_dim),
         "BLOCK_EV": padded_head_dim(value_dim),
         "USE_TMA": tile.tma and takes_descriptors(p),
-        "PRECISION": precision(p),
+        "PRECISION": product_precision(p.query.dtype, p.precision),
     }
 
 

@@ -1,12 +1,7 @@
-"""Launches of the attention kernels: what ``op.py`` runs for ``backend="triton"``.
-
-A :class:`Launch` holds a kernel with every argument by name, so that the ahead-of-time lane compiles exactly what runs.
-"""
+"""Launches of the attention kernels: what ``op.py`` runs for ``backend="triton"``."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +10,7 @@ from torch import Tensor
 
 from ..common.device import architecture
 from ..common.library import empty_in_order_of, gradient_like
+from ..common.triton_launch import Launch
 from .config import Tile, pick_config
 from .problem import AttentionProblem
 from .triton_arguments import broadcast_strides, extras, problem_arguments, strides
@@ -26,29 +22,6 @@ from .triton_backward import (
 from .triton_bias_gradient import attention_backward_bias_kernel
 from .triton_forward import attention_forward_kernel
 from .triton_weights import attention_weights_kernel
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel, its grid and its arguments."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    tile: Tile
-
-    def run(self, device: torch.device) -> None:
-        """Launches on ``device``'s current stream."""
-        if self.programs == 0:
-            return
-        guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with guard:
-            if self.arguments.get("USE_TMA"):
-                # Descriptors made on the device live in scratch memory that Triton asks the framework for.
-                triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-            self.kernel[(self.programs,)](
-                **self.arguments, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
-            )
 
 
 def forward_launch(problem: AttentionProblem, out: Tensor, lse: Tensor, lse_residual: Tensor, arch: str) -> Launch:

@@ -20,9 +20,9 @@ def check_tensor(name: str, value: object, *, device: torch.device | None = None
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor")
     if value.is_nested or value.layout != torch.strided:
-        raise TypeError(f"{name}: got a nested or sparse tensor, expected a dense one; pad it and pass a key mask")
+        raise TypeError(f"{name}: got a nested or sparse tensor, expected a dense one, padded")
     if device is not None and value.device != device:
-        raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}, where query is")
+        raise ValueError(f"{name}: got a tensor on {value.device}, expected {device}, where the other tensors are")
 
 
 def check_floating(name: str, value: Tensor, expected: torch.dtype | None = None) -> None:
@@ -39,9 +39,49 @@ def check_shape(name: str, value: Tensor, expected: Sequence[int], names: str) -
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {names} = {tuple(expected)}")
 
 
+def check_input(name: str, value: Tensor) -> None:
+    """Raises unless ``value`` is a dense floating tensor (..., features) with at least one feature."""
+    check_tensor(name, value)
+    check_floating(name, value)
+    if value.dim() == 0 or value.size(-1) == 0:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (..., features) with at least one feature")
+
+
+def check_like(name: str, value: Tensor, like: Tensor, names: Sequence[str], sizes: Sequence[int | None]) -> None:
+    """Raises unless ``value`` has the device and dtype of ``like`` and exactly these sizes; None is any but 0."""
+    check_tensor(name, value, device=like.device)
+    if value.dtype != like.dtype:
+        check_floating(name, value, like.dtype)
+    shape = value.shape
+    if shape != sizes and not _fits(shape, sizes):
+        expected = ", ".join(what if size is None else str(size) for what, size in zip(names, sizes, strict=True))
+        at_least = ", of at least 1" if None in sizes else ""
+        raise ValueError(f"{name}: got shape {tuple(shape)}, expected ({', '.join(names)}) = ({expected}){at_least}")
+
+
+def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    for got, size in zip(shape, sizes, strict=True):  # noqa: SIM110  a generator would cost more than all else here
+        if got == 0 if size is None else got != size:
+            return False
+    return True
+
+
+def check_seed(seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """Raises TypeError unless ``seed`` is None or int64 of shape (2,); the result is contiguous."""
+    if seed is None:
+        return None
+    check_tensor("seed", seed, device=device)
+    if seed.dtype != torch.int64 or seed.shape != (2,):
+        got = f"{dtype_name(seed.dtype)} of shape {tuple(seed.shape)}"
+        raise TypeError(f"seed: got {got}, expected an int64 tensor of shape (2,)")
+    return seed.contiguous()
+
+
 def check_number(name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is a real number; a tensor, whose value the host may not know, is none."""
-    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+    if type(value) is not float and not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
 
 

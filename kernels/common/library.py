@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,23 @@ from torch.autograd import forward_ad
 
 NAMESPACE = "fusedformer"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator that was defined under ``name``, from now on with this body and this fake."""
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.fusedformer, name).default
+
+    def without_gradient(keys: Any, *arguments: Any) -> Any:
+        # Where Dynamo sees through a transform, it leaves the autograd function out, and the gradient would be 0.
+        transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+        if transformed and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            raise NotImplementedError(f"{NAMESPACE}::{name}: torch.compile loses the gradient of a transform around it")
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    LIBRARY.impl(name, without_gradient, "Autograd", with_keyset=True)
+    return operator
 
 
 def empty_in_order_of(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -54,3 +71,13 @@ def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> 
     if is_transformed():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The same tensors, none given twice: Dynamo refuses one input in two places of an autograd function."""
+    if not torch.compiler.is_compiling():
+        return tuple(tensors)
+    apart: list[Tensor | None] = []
+    for x in tensors:
+        apart.append(x.view_as(x) if x is not None and any(x is other for other in apart) else x)
+    return tuple(apart)

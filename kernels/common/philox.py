@@ -8,6 +8,8 @@ lanes, low half first, one for each of eight consecutive columns. An element is 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,3 +73,12 @@ def keep_mask(seed: Tensor, matrices: int, rows: int, columns: int, p: float, st
     words = torch.stack(torch.broadcast_tensors(*philox_4x32(counter, (seed[0], seed[1]))), dim=-1)
     lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(matrices, rows, calls * LANES_PER_CALL)
     return lanes[..., :columns] >= threshold(p)
+
+
+def dropout(x: Tensor, seed: Tensor | None, p: float, stream: int) -> Tensor:
+    """``x`` (..., rows, columns), what :func:`keep_mask` drops 0 and the rest scaled; matrices counted row-major."""
+    if p == 0.0:
+        return x
+    assert seed is not None
+    keep = keep_mask(seed, math.prod(x.shape[:-2]), x.size(-2), x.size(-1), p, stream)
+    return torch.where(keep.view(x.shape), x * keep_scale(p), 0.0)

@@ -6,8 +6,20 @@ from torch.nn import functional as _torch_functional
 
 from fusedformer.kernels.attention.api import attention, attention_weights, scaled_dot_product_attention
 from fusedformer.kernels.attention.kvcache import attention_with_kvcache
+from fusedformer.kernels.feed_forward.api import feed_forward
+from fusedformer.kernels.linear.api import linear
+from fusedformer.kernels.norm.api import dropout_add_layer_norm, dropout_add_rms_norm
 
-__all__ = ["attention", "attention_weights", "attention_with_kvcache", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "attention_weights",
+    "attention_with_kvcache",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
+    "feed_forward",
+    "linear",
+    "scaled_dot_product_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

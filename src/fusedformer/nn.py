@@ -6,8 +6,9 @@ from torch import nn as _torch_nn
 
 from fusedformer import functional
 from fusedformer.transformer.attention import MultiheadAttention
+from fusedformer.transformer.feed_forward import FeedForward, GatedFeedForward
 
-__all__ = ["MultiheadAttention", "functional"]
+__all__ = ["FeedForward", "GatedFeedForward", "MultiheadAttention", "functional"]
 
 
 def __getattr__(name: str) -> Any:

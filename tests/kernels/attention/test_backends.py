@@ -14,7 +14,7 @@ from fusedformer.kernels.common import native
 from fusedformer.kernels.common.backend import record_decisions
 from tests.cases import CASES, Case, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, fused, results
-from tests.kernels.attention.lanes import built, interpreted
+from tests.lanes import built, interpreted
 
 FLASH = Case("", heads=2)
 BUILT = native.EXTENSION_PATH is not None

@@ -17,7 +17,8 @@ from fusedformer.functional import attention, attention_weights, scaled_dot_prod
 from fusedformer.kernels.common.native import EXTENSION_PATH
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import Results, call, fused, results
-from tests.kernels.attention.lanes import every_backend, every_feature
+from tests.lanes import every_backend, every_feature
+from tests.operators import Counter
 from tests.tolerances import assert_no_mistake
 
 CPP = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -36,17 +37,6 @@ def _nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-class Counter:
-    """A compiler backend that keeps the code of each graph and then runs it as aot_eager does."""
-
-    def __init__(self) -> None:
-        self.graphs: list[str] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        self.graphs.append(graph.code)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
 
 def inputs_for(backend: str, device: str, seed: int, **sizes: Any) -> Inputs:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fusedformer.functional import attention, attention_weights
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, call, eager, fused, results
-from tests.kernels.attention.lanes import CPU, REFERENCE, built, every_backend, every_feature, every_kernel, interpreted
+from tests.lanes import CPU, REFERENCE, built, every_backend, every_feature, every_kernel, interpreted
+from tests.operators import Calls
 from tests.tolerances import assert_equal_bits, assert_no_mistake
 
 MIXED = Case(
@@ -33,19 +33,6 @@ SMALL = Case("small", batch=1, heads=1, len_q=5, head_dim=8)
 
 def problem(backend: str) -> Case:
     return FOR_TORCH if backend == "torch" else MIXED
-
-
-class Calls(TorchDispatchMode):
-    """Records the calls of our operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fusedformer":
-            self.made[func.overloadpacket.__name__] = (func, args)
-        return func(*args, **(kwargs or {}))
 
 
 def operator_calls(case: Case, backend: str, seed: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:

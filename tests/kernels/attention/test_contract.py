@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedformer.functional import attention
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, eager_attention, fused, results
-from tests.kernels.attention.lanes import every_backend, every_feature
+from tests.lanes import every_backend, every_feature
 from tests.tolerances import assert_equal_bits
 
 INF = float("inf")

@@ -13,7 +13,7 @@ from fusedformer.functional import attention
 from fusedformer.kernels.common import philox
 from tests.cases import Case, make_inputs
 from tests.kernels.attention.eager import fused, results
-from tests.kernels.attention.lanes import every_feature, every_triton
+from tests.lanes import every_feature, every_triton
 from tests.tolerances import assert_equal_bits
 
 LEN_Q, LEN_K = 33, 65

@@ -8,7 +8,7 @@ import torch
 
 from tests.cases import CASES, Case, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, fused, results
-from tests.kernels.attention.lanes import interpreted
+from tests.lanes import interpreted
 
 pytestmark = interpreted
 

@@ -23,7 +23,7 @@ from fusedformer.kernels.common.backend import record_decisions
 from fusedformer.kernels.common.explain import report
 from tests.cases import CASES, Case, make_inputs
 from tests.kernels.attention.eager import Results, call, expected, fused, results
-from tests.kernels.attention.lanes import LEVELS, RUNNABLE, built, every_level
+from tests.lanes import LEVELS, RUNNABLE, built, every_level
 from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,7 +10,7 @@ import torch
 
 from tests.cases import Case, make_inputs
 from tests.kernels.attention.eager import eager, fused, results
-from tests.kernels.attention.lanes import every_level, interpreted
+from tests.lanes import every_level, interpreted
 from tests.tolerances import assert_no_mistake
 
 pytest.importorskip("hypothesis")

@@ -15,7 +15,7 @@ from torch import Tensor
 from fusedformer.functional import attention, scaled_dot_product_attention
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import assert_results_within_contract, call, fused, results, sdpa
-from tests.kernels.attention.lanes import every_backend, every_feature, every_kernel
+from tests.lanes import every_backend, every_feature, every_kernel
 from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
 
 INF = float("inf")

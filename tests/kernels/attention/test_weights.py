@@ -16,7 +16,7 @@ from fusedformer.functional import attention, attention_weights
 from fusedformer.kernels.attention.api import attention_with_weights
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import eager_attention
-from tests.kernels.attention.lanes import every_backend, every_feature
+from tests.lanes import every_backend, every_feature
 from tests.tolerances import assert_no_mistake, assert_within_contract
 
 CASES = (

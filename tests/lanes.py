@@ -1,4 +1,4 @@
-"""The backends that the attention contract is tested on, and where."""
+"""The backends that a contract is tested on, and where."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRITON = (
     pytest.param("triton", "cuda", id="triton-gpu", marks=pytest.mark.gpu),
 )
 
-# What takes every feature, and what also takes in SDPA, which has fewer.
+# What takes every feature, and what also takes in torch, which has fewer.
 every_feature = pytest.mark.parametrize(("backend", "device"), [REFERENCE, *CPU, *TRITON])
 every_backend = pytest.mark.parametrize(("backend", "device"), [REFERENCE, TORCH, *CPU, *TRITON])
 every_kernel = pytest.mark.parametrize(("backend", "device"), [*CPU, *TRITON])

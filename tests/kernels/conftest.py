@@ -1,5 +1,5 @@
-"""Makes the interpreter round a product as a GPU does: the same in every tile that computes it; runs a test on the
-instruction set level that it is marked with; and judges native kernels by more than one draw."""
+"""Makes the interpreter round a product as a GPU does: the same in every tile that computes it; and runs a test on the
+instruction set level that it is marked with."""
 
 from __future__ import annotations
 
@@ -10,27 +10,6 @@ import pytest
 
 from fusedformer.kernels.common import native
 from fusedformer.kernels.common.device import TRITON_INSTALLED, TRITON_INTERPRETED
-from tests.tolerances import ContractViolation
-
-DRAWS = 3
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A native kernel violates the contract where three fresh draws in a row say so: one draw of few numbers may find
-    eager's largest error small by luck. What is wrong by more than luck is wrong in every draw."""
-    given: dict[str, Any] = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    is_native = any(pyfuncitem.iter_markers("level")) or pyfuncitem.module.__name__.endswith("test_native")
-    if "seed" not in given or not is_native:
-        return None
-    for draw in range(DRAWS):
-        try:
-            pyfuncitem.obj(**{**given, "seed": given["seed"] + draw})
-            return True
-        except ContractViolation:
-            if draw == DRAWS - 1:
-                raise
-    return True
 
 
 @pytest.fixture(autouse=True)

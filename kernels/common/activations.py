@@ -1,0 +1,57 @@
+"""The activations of the feed-forward network, in one table: name, number and eager function.
+
+Under the same names and numbers ``triton_activations.py`` and ``csrc/cpu`` compute them and their derivatives in
+kernels; a test holds all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Activation(NamedTuple):
+    """One row of the table."""
+
+    number: int  # in C++: the place in csrc/cpu's enumeration
+    function: Function
+    also: tuple[Function, ...] = ()  # other callables of torch that are this function
+
+
+ACTIVATIONS = {
+    "relu": Activation(0, torch.relu, (F.relu,)),
+    "gelu": Activation(1, F.gelu),  # exact: x Φ(x), by erf
+    "gelu_tanh": Activation(2, partial(F.gelu, approximate="tanh")),
+    "silu": Activation(3, F.silu),
+    "relu2": Activation(4, lambda x: torch.relu(x).square()),
+}
+
+
+def activation_function(activation: str | Function) -> Function:
+    """The eager function, of a name in the table or a callable, which is its own."""
+    return ACTIVATIONS[activation].function if isinstance(activation, str) else activation
+
+
+def check_activation(activation: object) -> str | Function:
+    """A name in the table, also for torch's own functions that are in it, or any other callable.
+
+    Raises ValueError for another name, TypeError for what is neither.
+    """
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {activation!r}, expected one of {tuple(ACTIVATIONS)}, or a callable")
+        return activation
+    if not callable(activation):
+        expected = f"one of {tuple(ACTIVATIONS)}, or a callable"
+        raise TypeError(f"activation: got {type(activation).__name__}, expected {expected}")
+    for name, row in ACTIVATIONS.items():
+        if any(activation is known for known in (row.function, *row.also)):
+            return name
+    return activation
