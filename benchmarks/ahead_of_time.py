@@ -1,6 +1,7 @@
 """Every Triton kernel compiled for GPUs that are not there, with the arguments that its own launcher would pass.
 
-A :class:`Combination` names a kernel, an architecture, a precision and a problem; ``compile_all`` turns each into a
+A :class:`Combination` names a kernel, an architecture, a precision and a problem, here of attention, in
+``ahead_of_time_gemm.py`` of the operations around a matrix product; ``compile_all`` turns each into a
 :class:`Compiled`, which ``violations`` holds against the rules. ``python -m benchmarks inspect`` prints them, the test
 suite compiles the covering ones. Compilation needs processes in which Triton does not interpret, so it has its own.
 """
@@ -18,13 +19,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fusedformer.functional import attention
-from fusedformer.kernels.attention.config import Tile, padded_head_dim
+from fusedformer.kernels.attention.config import padded_head_dim
 from fusedformer.kernels.attention.problem import canonical
 from fusedformer.kernels.common.library import gradient_like
 from tests.cases import Case, make_inputs
@@ -33,7 +34,7 @@ from .covering import Assignment, covering
 from .machine_code import MachineCode, from_amdgcn, from_cubin
 
 if TYPE_CHECKING:
-    from fusedformer.kernels.attention.triton_launch import Launch
+    from fusedformer.kernels.common.triton_launch import Launch, Tile
 
 # KiB of shared memory that one thread block may use. sm_86 has no table of its own and stands for all that have none.
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
@@ -71,6 +72,25 @@ PROBLEMS: tuple[Assignment, ...] = (
 SPILLS = Path(__file__).parent / "spills.json"
 
 
+class Compilable(Protocol):
+    """A kernel on an architecture, whose ``str`` is a name of its own."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def case(self) -> object: ...
+    @property
+    def has_products(self) -> bool: ...
+    @property
+    def must_not_spill_in_loops(self) -> bool: ...
+    def launch(self) -> Launch:
+        """What the launcher would run on a GPU of this architecture."""
+
+
 @dataclass(frozen=True)
 class Combination:
     """What is compiled: ``kernel`` for ``architecture`` in ``precision`` (a key of ``DTYPES``) on a problem."""
@@ -91,6 +111,19 @@ class Combination:
     def head_dim(self) -> int:
         return padded_head_dim(max(self.case.head_dim, self.case.value_dim or self.case.head_dim))
 
+    @property
+    def has_products(self) -> bool:
+        return self.kernel != "backward_delta"
+
+    @property
+    def must_not_spill_in_loops(self) -> bool:
+        # Rows that are no multiple of 16 elements are loaded one element at a time, which takes registers of its own.
+        aligned = self.case.head_dim % 16 == 0 and (self.case.value_dim or 0) % 16 == 0
+        return aligned and self.dtype != torch.float32 and self.head_dim <= 128
+
+    def launch(self) -> Launch:
+        return launch_of(self)
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -104,7 +137,7 @@ class Compiled:
         error: why it did.
     """
 
-    combination: Combination
+    combination: Compilable
     tile: Tile
     asks_for_tma: bool
     seconds: float
@@ -205,12 +238,12 @@ class _AbsentGpu:
         return self._target
 
 
-def compile_one(combination: Combination) -> Compiled:
+def compile_one(combination: Compilable) -> Compiled:
     """Compiles as the launch would, specialisation included, in this process."""
     from triton import TritonError
     from triton.runtime import driver
 
-    launch = launch_of(combination)
+    launch = combination.launch()
     driver.set_active(_AbsentGpu(combination.architecture))
     compiled = Compiled(combination, launch.tile, bool(launch.arguments.get("USE_TMA")), 0.0)
     warps_and_stages = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
@@ -228,7 +261,7 @@ def compile_one(combination: Combination) -> Compiled:
 def narrow_strides(ttir: str) -> int:
     """How often Triton's intermediate code does anything with a 32-bit stride but widen it."""
     signature, body = ttir.split("tt.func public", 1)[1].split("\n", 1)
-    strides = re.findall(r"%\w+_strides\w*(?=: i32)", signature)
+    strides = re.findall(r"%\w+_strides?\w*(?=: i32)", signature)
     if not strides:
         raise ValueError("no stride among the kernel's parameters")
     used = re.compile("(" + "|".join(map(re.escape, strides)) + r")\b")
@@ -236,7 +269,7 @@ def narrow_strides(ttir: str) -> int:
 
 
 def compile_all(
-    combinations: Iterable[Combination], jobs: int, cache: Path, step: Callable[[str], None] = lambda description: None
+    combinations: Iterable[Compilable], jobs: int, cache: Path, step: Callable[[str], None] = lambda description: None
 ) -> Iterator[Compiled]:
     """Each as it gets ready, in ``jobs`` processes; what was compiled before is taken from ``cache``, Triton's."""
     todo = iter(combinations)
@@ -276,16 +309,13 @@ def violations(compiled: Compiled, allowed: dict[str, int]) -> list[str]:
         broken.append(f"shared memory {compiled.shared} bytes, the limit is {SHARED_MEMORY[c.architecture]} KiB")
     if code.spilled > allowed.get(str(c), 0):
         broken.append(f"spills {code.spilled} bytes, the table allows {allowed.get(str(c), 0)}")
-    # Rows that are no multiple of 16 elements are loaded one element at a time, which takes registers of its own.
-    aligned = c.case.head_dim % 16 == 0 and (c.case.value_dim or 0) % 16 == 0
-    if code.spills_in_loops and aligned and c.dtype != torch.float32 and c.head_dim <= 128:
-        broken.append(f"{code.spills_in_loops} instructions spill inside a loop, none may at 16 bits and this head dim")
+    if code.spills_in_loops and c.must_not_spill_in_loops:
+        broken.append(f"{code.spills_in_loops} instructions spill inside a loop, none may of this type and shape")
     if not code.stores:
         broken.append("stores nothing")
     if compiled.narrow_strides:
         broken.append(f"{compiled.narrow_strides} uses of a stride in 32 bits")
-    has_products = c.kernel != "backward_delta"
-    if has_products and c.precision != "ieee" and not code.tensor_cores:
+    if c.has_products and c.precision != "ieee" and not code.tensor_cores:
         broken.append("no tensor-core instruction")
     if c.precision == "ieee" and code.tensor_cores and c.architecture.startswith("sm_"):
         broken.append(f"products of float32 at full precision on tensor cores: {code.tensor_cores}")

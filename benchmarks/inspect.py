@@ -8,23 +8,16 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
-from .ahead_of_time import (
-    ARCHITECTURES,
-    DTYPES,
-    KERNELS,
-    SPILLS,
-    Compiled,
-    all_combinations,
-    allowed_spills,
-    compile_all,
-    covering_combinations,
-    violations,
-)
+from . import ahead_of_time as attention
+from . import ahead_of_time_gemm as gemm
+from .ahead_of_time import ARCHITECTURES, DTYPES, SPILLS, Compiled, allowed_spills, compile_all, violations
 from .tables import NONE, Cell, Table
 from .terminal import Terminal
+
+KERNELS = (*attention.KERNELS, *gemm.KERNELS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,9 +31,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", metavar="FILE", type=Path, help="everything found, a JSON line for each combination")
     parser.add_argument("--write-spills", action="store_true", help=f"put what was found into {SPILLS.name}")
     given = parser.parse_args(arguments)
+    of_each = (
+        operation.covering_combinations() if given.quick else operation.all_combinations()
+        for operation in (attention, gemm)
+    )
     combinations = [
         c
-        for c in (covering_combinations() if given.quick else all_combinations())
+        for c in chain.from_iterable(of_each)
         if c.architecture in given.arch and c.kernel in given.kernel and c.precision in given.precision
     ]
     terminal = Terminal()
@@ -82,7 +79,10 @@ def table(architecture: str, results: Sequence[Compiled], allowed: dict[str, int
         "exp2",
         "seconds",
     )
-    note = "Tile: queries x keys, warps, stages. In loops: instructions that spill inside an innermost loop."
+    note = (
+        "Tile: queries x keys, or rows x columns of the result; warps, stages. "
+        "In loops: instructions that spill inside an innermost loop."
+    )
     rows = [_cells(compiled, bool(violations(compiled, allowed))) for compiled in results]
     return Table(architecture, columns, rows, note)
 

@@ -1,12 +1,14 @@
-"""The memory a call needs beyond what was there before it."""
+"""The memory a call needs beyond what was there before it, and what it leaves for the backward."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .timing import Call
@@ -36,3 +38,19 @@ def peak_bytes(call: Call, device_type: str) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
+
+
+def kept_bytes(call: Callable[[], Tensor]) -> int:
+    """What autograd keeps for the backward of ``call``'s result, leaves aside: they are there anyway."""
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        if not x.is_leaf or not x.requires_grad:
+            storage = x.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = call()
+    del out
+    return sum(kept.values())

@@ -19,11 +19,12 @@ STOCK_SDPA, FUSED = "stock sdpa", "fused"  # among the variants of the model
 
 
 @dataclass(frozen=True)
-class AttentionRow:
+class CaseRow:
     """One peer on one case.
 
     Attributes:
         status: "ok"; "wrong" (of ours, which then is not timed); "failed" (it raised); "not run". ``reason`` says why.
+        family: what the case shares with those of the same sweep, which differ in ``length`` alone.
         timing: None where nothing was timed.
         error: largest absolute error against float64 over ``checked``, in the tensor where it is largest next to
             eager's; None where it could not be judged (``reason``).
@@ -32,13 +33,15 @@ class AttentionRow:
         within_contract: None as ``error``.
         errors: the largest absolute error against float64 of each tensor judged.
         shares: of each ceiling of this machine, as ``Ceilings.shares`` names them.
+        best_peer: the one with the least median; of ours alone.
         speedup: the best peer's median over this one's; of ours alone.
-        ratio: the time of torch's own choice of an SDPA over ours, the median over the rounds; of ours alone.
+        ratio: the anchor's time over ours, the median over the rounds; of ours alone. The anchor is torch's own choice
+            of an SDPA for attention, the best peer for other layers.
         floor: the least ratio that ours must reach; None where it is only reported.
         read_floor: the least share of the reading ceiling.
         backend: that ``auto`` chose for ours, or SDPA's; "" where there is no choice.
         level: the instruction set level of the native kernels, where ours is theirs.
-        is_default: plain ``scaled_dot_product_attention`` picks this backend.
+        is_default: plain torch does this.
         explanation: of ours, why each other backend refused.
     """
 
@@ -92,6 +95,36 @@ class AttentionRow:
 
 
 @dataclass(frozen=True)
+class AttentionRow(CaseRow):
+    """Attention, whose default peer is the backend that plain ``scaled_dot_product_attention`` picks."""
+
+
+@dataclass(frozen=True)
+class LayerRow(CaseRow):
+    """The feed-forward network, or a residual connection with its norm.
+
+    Attributes:
+        kept_bytes: what autograd keeps for the backward, inputs and parameters aside.
+        kept_share: of what eager keeps; of ours alone.
+        kept_most: the most that share may be; None where it is only reported.
+    """
+
+    kept_bytes: int | None = None
+    kept_share: float | None = None
+    kept_most: float | None = None
+
+    @property
+    def keeps_little(self) -> bool:
+        return self.kept_most is None or (self.kept_share is not None and self.kept_share <= self.kept_most)
+
+    @property
+    def met(self) -> bool | None:
+        """As in CaseRow, and little is kept."""
+        met = super().met
+        return met if met is None else met and self.keeps_little
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """One variant of the main job's model.
 
@@ -102,7 +135,7 @@ class ModelRow:
         error: their largest to those of the stock model in float64.
         peak_bytes: of the batch with the most padded tokens, weights aside.
         attention_share: of the time, in the variant "stock sdpa": what bounds the gain.
-        ratio, floor, level: as in AttentionRow, to the variant "stock sdpa".
+        ratio, floor, level: as in CaseRow, to the variant "stock sdpa".
         report: of ``fuse``.
     """
 
@@ -140,7 +173,7 @@ class ModelRow:
 
     @property
     def met(self) -> bool | None:
-        """As in AttentionRow."""
+        """As in CaseRow."""
         if self.floor is None or not self.is_ours:
             return None
         return reaches(self.ratio, self.floor, self.level)
@@ -153,7 +186,7 @@ def reaches(ratio: float | None, floor: float, level: str) -> bool:
 
 @dataclass(frozen=True)
 class NumericsRow:
-    """One backend's error on one problem; ``status`` as in AttentionRow, "refused" with ``reason``."""
+    """One backend's error on one problem; ``status`` as in CaseRow, "refused" with ``reason``."""
 
     case: str
     dtype: str
@@ -165,17 +198,18 @@ class NumericsRow:
     eager_error: float | None = None
 
 
-Row = AttentionRow | ModelRow | NumericsRow | Ceilings
+Row = AttentionRow | LayerRow | ModelRow | NumericsRow | Ceilings
 KINDS: dict[str, type[Any]] = {
     "attention": AttentionRow,
+    "layer": LayerRow,
     "model": ModelRow,
     "numerics": NumericsRow,
     "ceilings": Ceilings,
 }
-RowType = TypeVar("RowType", AttentionRow, ModelRow, NumericsRow, Ceilings)
+RowType = TypeVar("RowType", AttentionRow, LayerRow, ModelRow, NumericsRow, Ceilings)
 
 
-OurRow = AttentionRow | ModelRow
+OurRow = AttentionRow | LayerRow | ModelRow
 
 
 class Writer:

@@ -14,14 +14,14 @@ import fusedformer
 from fusedformer.kernels.common import native
 from fusedformer.kernels.common.backend import AUTO
 
-from . import minilm, report
+from . import cases, layer_cases, minilm, report
 from .attention import attention_rows
-from .cases import selected
 from .ceilings import measure_ceilings
+from .layers import layer_rows
 from .machine import default_folder, find_machine
 from .options import Options
-from .rows import AttentionRow, ModelRow, OurRow, Writer, read
-from .tables import attention_tables, ceilings_table, floors_table, machine_table, model_table
+from .rows import AttentionRow, LayerRow, ModelRow, OurRow, Writer, read
+from .tables import attention_tables, ceilings_table, floors_table, layer_tables, machine_table, model_table
 from .terminal import Terminal
 from .timing import threads_set_to
 
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     options = Options(given.device, given.full, given.quick, given.floors, given.only)
-    cases = selected(options)
+    attention_cases, of_layers = cases.selected(options), layer_cases.selected(options)
     wants_model = re.search(options.pattern, minilm.MODEL) is not None
-    if not cases and not wants_model:
+    if not attention_cases and not of_layers and not wants_model:
         parser.error(f"--only {given.only}: no case has such a name")
 
     terminal = Terminal()
@@ -62,7 +62,7 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     missing = minilm.missing()
     runs_model = wants_model and missing is None
 
-    steps = len(options.threads) + len(cases) + (minilm.steps(options) if runs_model else 0)
+    steps = len(options.threads) + len(attention_cases) + len(of_layers) + (minilm.steps(options) if runs_model else 0)
     with terminal.progress(steps) as step:
         ceilings = []
         for threads in options.threads:
@@ -72,10 +72,17 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
             writer.write(ceilings[-1])
         terminal.show(ceilings_table(ceilings))
         attention: list[AttentionRow] = []
-        for case in cases:
+        for case in attention_cases:
             step(case.name)
             attention += writer.write_all(attention_rows(case, options, ceilings))
         for table in (*attention_tables(attention), floors_table(attention)):
+            if table.rows:
+                terminal.show(table)
+        layers: list[LayerRow] = []
+        for layer_case in of_layers:
+            step(layer_case.name)
+            layers += writer.write_all(layer_rows(layer_case, options, ceilings))
+        for table in (*layer_tables(layers), floors_table(layers)):
             if table.rows:
                 terminal.show(table)
         model: list[ModelRow] = []
@@ -85,7 +92,7 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
 
     if wants_model and missing is not None:
         terminal.say(f"The main job was not run: {missing}", "bad")
-    everything: list[OurRow] = [*attention, *model]
+    everything: list[OurRow] = [*attention, *layers, *model]
     absent = [row for row in everything if row.is_ours and row.status != "ok"]
     for row in absent:
         terminal.say(f"{row.status.upper()} {row.title}: {row.reason}", "bad")

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from .ceilings import Ceilings
 from .machine import Machine
-from .rows import OURS, STOCK_SDPA, AttentionRow, ModelRow, NumericsRow, Results, reaches
+from .rows import OURS, STOCK_SDPA, AttentionRow, CaseRow, LayerRow, ModelRow, NumericsRow, Results, reaches
 from .timing import Timing
 
 # Two timings this close are even; so are less close ones that overlap between their 20th and 80th percentiles.
@@ -41,6 +41,8 @@ def tables(results: Results) -> list[Table]:
         ceilings_table(results.of(Ceilings)),
         floors_table(results.of(AttentionRow)),
         *attention_tables(results.of(AttentionRow)),
+        floors_table(results.of(LayerRow)),
+        *layer_tables(results.of(LayerRow)),
         model_table(results.of(ModelRow)),
         *numerics_tables(results.of(NumericsRow)),
     ]
@@ -145,8 +147,77 @@ def attention_tables(rows: Sequence[AttentionRow]) -> list[Table]:
     return made
 
 
-def floors_table(rows: Sequence[AttentionRow]) -> Table:
-    """One row for each family of cases and its floor: the ratios to SDPA by length, with each number of threads."""
+def layer_tables(rows: Sequence[LayerRow]) -> list[Table]:
+    """One for each number of threads, a row for each case."""
+    made = []
+    for threads in sorted({row.threads for row in rows}):
+        chosen = [row for row in rows if row.threads == threads]
+        others = list(dict.fromkeys(row.peer for row in chosen if row.peer != OURS))
+        ceilings = list(dict.fromkeys(name for row in chosen if row.is_ours for name in row.shares))
+        columns = (
+            "case",
+            f"{OURS} ms",
+            "backend",
+            *(f"{name} ms" for name in others),
+            "faster peer's / ours",
+            "at least",
+            "GFLOP/s",
+            *(f"of {name}" for name in ceilings),
+            "kept MB (of eager's)",
+            "peak MB (eager's)",
+            "error / eager's",
+        )
+        made.append(
+            Table(
+                f"Feed-forward and norm, {threads} thread{'s' * (threads > 1)}{floors_met(chosen)}",
+                columns,
+                [_layer_cells(list(group), others, ceilings) for _, group in groupby(chosen, key=lambda row: row.case)],
+                "Times are medians, the ratio to the faster of plain and compiled torch the median over interleaved "
+                "rounds. At least: what the native kernels must reach on one thread of a machine with AMX. Kept: what "
+                "autograd keeps for the backward, inputs and parameters aside. Error: the largest to float64, in the "
+                f"tensor where it is largest next to eager's. ! marks an error beyond our contract, {NONE} what did "
+                "not run or was not timed (results.jsonl says why).",
+            )
+        )
+    return made
+
+
+def _layer_cells(rows: Sequence[LayerRow], others: Sequence[str], ceilings: Iterable[str]) -> list[Cell]:
+    by_peer = {row.peer: row for row in rows}
+    ours, eager = by_peer[OURS], by_peer.get("eager")
+    best = by_peer.get(ours.best_peer)
+    ratio = _ratio_to(ours, best, ours.ratio) if ours.floor is None else _floor_cell(ours)
+    peaks = [_megabytes(None if row is None else row.peak_bytes) for row in (ours, eager)]
+    is_known = ours.error is not None and ours.eager_error is not None
+    return [
+        Cell(ours.case),
+        _timing_cell(ours) if ours.status == "ok" else Cell(ours.status.upper(), "bad"),
+        Cell(f"{ours.backend} {ours.level}".strip()),
+        *(_timing_cell(by_peer[name]) if name in by_peer else Cell(NONE, "quiet") for name in others),
+        ratio,
+        Cell(NONE, "quiet") if ours.floor is None else Cell(f"{ours.floor:g}x"),
+        Cell(f"{ours.flops / ours.timing.median / 1e9:,.4g}" if ours.timing else NONE),
+        *(_share_cell(ours, name) for name in ceilings),
+        _kept_cell(ours),
+        Cell(f"{peaks[0]} ({peaks[1]})"),
+        Cell(f"{ours.error:.1e} / {ours.eager_error:.1e}", "bad" if ours.within_contract is False else "")
+        if is_known
+        else Cell(NONE, "quiet"),
+    ]
+
+
+def _kept_cell(ours: LayerRow) -> Cell:
+    if ours.kept_bytes is None or ours.kept_share is None:
+        return Cell(NONE, "quiet")
+    text = f"{_megabytes(ours.kept_bytes)} ({ours.kept_share:.0%})"
+    if ours.kept_most is None:
+        return Cell(text)
+    verdict = "met" if ours.keeps_little else "MISSED"
+    return Cell(f"{text}, at most {ours.kept_most:.0%} {verdict}", _tone(ours.keeps_little))
+
+
+def floors_table(rows: Sequence[AttentionRow] | Sequence[LayerRow]) -> Table:
+    """One row for each family of cases and its floor: the ratios by length, with each number of threads."""
     promised = [row for row in rows if row.is_ours and row.floor is not None]
     threads = sorted({row.threads for row in promised})
     families = dict.fromkeys((row.family, row.floor) for row in promised)
@@ -159,19 +230,20 @@ def floors_table(rows: Sequence[AttentionRow]) -> Table:
     columns = ("what", "lengths", "at least", *(f"{count} thread{'s' * (count > 1)}" for count in threads))
     levels = ", ".join(sorted({row.level or "none" for row in promised}))
     note = (
-        "SDPA's time over ours, length by length; red where one of them misses its floor. Floors are for one thread of "
-        f"a machine with AMX; the native kernels' level here: {levels}."
+        "The peer's time over ours, length by length; red where one of them misses its floor. Floors are for one "
+        f"thread of a machine with AMX; the native kernels' level here: {levels}."
     )
-    return Table("Floors", columns, cells, note)
+    is_attention = any(isinstance(row, AttentionRow) for row in rows)
+    return Table("Floors of attention" if is_attention else "Floors of feed-forward and norm", columns, cells, note)
 
 
-def _ratios_cell(rows: Sequence[AttentionRow]) -> Cell:
+def _ratios_cell(rows: Sequence[CaseRow]) -> Cell:
     texts = [NONE if row.ratio is None else f"{row.ratio:.2f}" for row in rows]
     missed = sum(not row.met for row in rows)
     return Cell(" ".join(texts) + (f" ({missed} MISSED)" if missed else ""), _tone(not missed))
 
 
-def floors_met(rows: Iterable[AttentionRow | ModelRow]) -> str:
+def floors_met(rows: Iterable[CaseRow | ModelRow]) -> str:
     """How many of the floors are reached, for a title; "" where there is none."""
     met = [row.met for row in rows if row.met is not None]
     return f": {sum(met)} of {len(met)} floors met" if met else ""
@@ -198,21 +270,24 @@ def _attention_cells(rows: Sequence[AttentionRow], others: Sequence[str], ceilin
 
 def _ratio_cell(ours: AttentionRow | ModelRow, other: AttentionRow | ModelRow | None) -> Cell:
     """Against the floor where there is one."""
-    if ours.floor is None:
-        return _ratio_to(ours, other, ours.ratio)
+    return _ratio_to(ours, other, ours.ratio) if ours.floor is None else _floor_cell(ours)
+
+
+def _floor_cell(ours: CaseRow | ModelRow) -> Cell:
+    assert ours.floor is not None
     ratio = NONE if ours.ratio is None else f"{ours.ratio:.2f}x"
     if reaches(ours.ratio, ours.floor, ours.level):
         return Cell(f"{ratio} met", "good")
     return Cell(f"{ratio} MISSED", "bad")
 
 
-def _ratio_to(ours: AttentionRow | ModelRow, other: AttentionRow | ModelRow | None, ratio: float | None) -> Cell:
+def _ratio_to(ours: CaseRow | ModelRow, other: CaseRow | ModelRow | None, ratio: float | None) -> Cell:
     if ratio is None or ours.timing is None or other is None or other.timing is None:
         return Cell(NONE, "quiet")
     return _speedup_cell(ratio, verdict(ratio, ours.timing, other.timing))
 
 
-def _share_cell(ours: AttentionRow, name: str) -> Cell:
+def _share_cell(ours: CaseRow, name: str) -> Cell:
     share = ours.shares.get(name)
     text = NONE if share is None else f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
     if name != "read" or ours.read_floor is None:
@@ -229,7 +304,7 @@ def _speedup_cell(speedup: float, outcome: str) -> Cell:
     return Cell(f"{speedup:.2f}x {outcome}", tone)
 
 
-def _timing_cell(row: AttentionRow) -> Cell:
+def _timing_cell(row: CaseRow) -> Cell:
     if row.timing is None:
         return Cell(NONE, "quiet")
     graph = "" if row.timing.graph is None else f" (graph {1e3 * row.timing.graph:.3g})"

@@ -17,18 +17,19 @@ OPTIONAL = {"fusedformer.transformer.huggingface": {"transformers"}}
 
 PUBLIC = ("api", "kvcache")  # modules of an op that others may import
 
-# Inside an op's folder: what a module of this name never imports from there. "triton" stands for triton_*, the
-# other names for files. Modules not named here are shared by all of them and import none of them.
-IMPLEMENTATIONS = {"native_cpu", "reference", "torch_sdpa", "triton"}
+# Inside an op's folder: what a module of this name never imports from there. "triton" and "torch" stand for triton_*
+# and torch_*, the other names for files. Modules not named here are shared by all of them and import none of them.
+IMPLEMENTATIONS = {"native_cpu", "reference", "torch", "triton"}
 NEVER = {
     "api": {"triton"},
     "kvcache": {"triton"},
     "op": {"api"},
     "kvcache_op": {"api", "kvcache"},
-    "native_cpu": {"api", "op", "config", "triton", "torch_sdpa", "reference"},
-    "reference": {"api", "op", "config", "triton", "torch_sdpa", "native_cpu"},
-    "torch_sdpa": {"api", "op", "config", "triton", "native_cpu", "reference"},
-    "triton": {"api", "op", "native_cpu", "reference", "torch_sdpa"},
+    "native_cpu": {"api", "op", "config", "triton", "torch", "reference"},
+    "reference": {"api", "op", "config", "triton", "torch", "native_cpu"},
+    "torch": {"api", "op", "config", "triton", "native_cpu", "reference"},
+    "triton": {"api", "op", "native_cpu", "reference", "torch"},
+    "triton_support": {"api", "op", *IMPLEMENTATIONS},  # what the kernels take, said without Triton
     "config": {"api", "op", *IMPLEMENTATIONS},
     "shared": {"api", "op", "config", *IMPLEMENTATIONS},
 }
@@ -82,8 +83,9 @@ def top(module: str) -> str:
 
 def role(module: str) -> str:
     name = module.rpartition(".")[2]
-    if name.startswith("triton_") and name != "triton_support":  # that one says what the kernels take, without Triton
-        return "triton"
+    for prefix in ("triton", "torch"):
+        if name.startswith(f"{prefix}_") and name not in NEVER:
+            return prefix
     return name if name in NEVER else "shared"
 
 

@@ -7,6 +7,8 @@
 #include "attention_weights.h"
 #include "ceilings.h"
 #include "fma_engine.h"
+#include "gemm_kernels.h"
+#include "norm.h"
 #include "problem.h"
 #ifdef FF_AMX
 #include "amx_engine.h"
@@ -85,6 +87,22 @@ inline int64_t memory(const Problem& p, int64_t backward_groups, const Runtime& 
 #define FF_NAME(level) FF_STRING(level)
 
 extern const Kernels kernels;
-const Kernels kernels = {FF_NAME(FF_LEVEL), forward, backward, memory, weights, measure_ceiling, decode_attention};
+const Kernels kernels = {
+    .level = FF_NAME(FF_LEVEL),
+    .forward = forward,
+    .backward = backward,
+    .memory = memory,
+    .weights = weights,
+    .ceiling = measure_ceiling,
+    .decode = decode_attention,
+    .linear_forward = linear_forward,
+    .linear_backward = linear_backward,
+    .linear_memory = linear_memory,
+    .feed_forward_forward = feed_forward_forward,
+    .feed_forward_backward = feed_forward_backward,
+    .feed_forward_memory = feed_forward_memory,
+    .norm_forward = norm_forward,
+    .norm_backward = norm_backward,
+};
 
 }  // namespace fusedformer::FF_LEVEL

@@ -90,6 +90,15 @@ enum class Ceiling : int32_t { fma, amx, read };
 
 struct DecodeProblem;  // decode_problem.h
 struct DecodeResults;
+struct Matrix;  // gemm_problem.h
+struct LinearProblem;
+struct LinearGradients;
+struct FeedForwardProblem;
+struct FeedForwardResults;
+struct FeedForwardGradients;
+struct NormProblem;  // norm_problem.h
+struct NormResults;
+struct NormGradients;
 
 // The kernels of one instruction set level.
 struct Kernels {
@@ -100,6 +109,14 @@ struct Kernels {
     void (*weights)(const Problem&, const WeightsResults&, const Runtime&);
     double (*ceiling)(Ceiling, const void* data, int64_t bytes, int64_t rounds);  // see ceilings.h
     void (*decode)(const DecodeProblem&, const DecodeResults&, const Runtime&);
+    void (*linear_forward)(const LinearProblem&, const Matrix& out, const Runtime&);
+    void (*linear_backward)(const LinearProblem&, const LinearGradients&, const Runtime&);
+    int64_t (*linear_memory)(const LinearProblem&, bool backward, const Runtime&);  // bytes
+    void (*feed_forward_forward)(const FeedForwardProblem&, const FeedForwardResults&, const Runtime&);
+    void (*feed_forward_backward)(const FeedForwardProblem&, const FeedForwardGradients&, const Runtime&);
+    int64_t (*feed_forward_memory)(const FeedForwardProblem&, bool backward, bool recompute, const Runtime&);
+    void (*norm_forward)(const NormProblem&, const NormResults&, const Runtime&);
+    void (*norm_backward)(const NormProblem&, const NormGradients&, const Runtime&);
 };
 
 }  // namespace fusedformer

@@ -6,9 +6,20 @@
 
 namespace fusedformer::FF_LEVEL {
 
+// Whether a number of the row is tiny: neither 0 nor at least 2^-100.
+inline bool has_tiny(const float* row, int64_t columns) {
+    constexpr uint32_t SMALLEST = (127u - 100u) << 23;
+    Ints tiny = {};
+    for (int64_t j = 0; j < columns; j += WIDTH) {
+        const Words magnitude = reinterpret_cast<Words>(load_some(row + j, columns - j)) & 0x7fffffffu;
+        tiny |= reinterpret_cast<Ints>(magnitude - 1 < SMALLEST - 1);
+    }
+    return any(tiny);
+}
+
 class PartsAreExact {
   public:
-    // Whether every number of the (B, H, rows, columns) tensor is 0 or at least 2^-100, but for the rows that all of
+    // Whether no number of the (B, H, rows, columns) tensor is tiny, but for the rows that all of
     // the heads that share them exclude by `key_mask`: those are not read.
     static bool of(const Problem& p, const Rows& x, int64_t heads, int64_t rows, int64_t columns, bool masked,
                    const Runtime& runtime) {
@@ -45,16 +56,9 @@ class PartsAreExact {
 
     void matrix(int64_t index) {
         const auto* row = static_cast<const float*>(x_.data) + index / heads_ * x_.batch + index % heads_ * x_.head;
-        constexpr uint32_t SMALLEST = (127u - 100u) << 23;
-        for (int64_t i = 0; i < rows_; i++, row += x_.row) {
-            Ints outside = {};
-            for (int64_t j = 0; j < columns_; j += WIDTH) {
-                const Words magnitude = reinterpret_cast<Words>(load_some(row + j, columns_ - j)) & 0x7fffffffu;
-                outside |= reinterpret_cast<Ints>(magnitude - 1 < SMALLEST - 1);
-            }
-            if (any(outside) && (!masked_ || is_read(index / heads_, index % heads_, i)))
+        for (int64_t i = 0; i < rows_; i++, row += x_.row)
+            if (has_tiny(row, columns_) && (!masked_ || is_read(index / heads_, index % heads_, i)))
                 return __atomic_store_n(&all_, false, __ATOMIC_RELAXED);
-        }
     }
 };
 

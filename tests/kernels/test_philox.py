@@ -8,7 +8,7 @@ import torch
 
 from fusedformer.kernels.common import philox
 from fusedformer.kernels.common.device import TRITON_INSTALLED
-from tests.kernels.attention.lanes import interpreted
+from tests.lanes import interpreted
 
 if TRITON_INSTALLED:
     import triton

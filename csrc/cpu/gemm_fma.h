@@ -1,0 +1,136 @@
+// Products of large blocks in float32 by fused multiply-add, for gemm.h: FmaEngine with both operands packed. The
+// interface is that of amx_engine.h.
+#pragma once
+
+#include "fma_engine.h"
+
+namespace fusedformer::FF_LEVEL {
+
+template <class S>
+struct GemmFma : FmaEngine<S> {
+    using Base = FmaEngine<S>;
+    using Scalar = S;
+    using Packed = float;
+    using Base::PANEL, Base::ROWS;
+
+    static constexpr int64_t BLOCK_DEPTH = 256;  // of a product at a time: a panel stays in the first cache,
+    static constexpr int64_t BLOCK_ROWS = 96;    // so many rows in the second
+
+    static constexpr bool LOSES_TINY = false;  // whether numbers below 2^-100 may count as 0
+
+    // Panels of ROWS rows, each as long as BLOCK_DEPTH, then room for a vector.
+    static constexpr int64_t LEFT_PANEL = ROWS * BLOCK_DEPTH + WIDTH;
+
+    struct Left {
+        const float* data;
+        bool transposed;  // in a panel: whether the numbers of a column, or those of a row, are side by side
+    };
+
+    static int64_t left_size(int64_t m, int64_t) { return round_up(m, ROWS) / ROWS * LEFT_PANEL; }
+
+    static Left left(const Scalar* source, int64_t stride, int64_t m, int64_t k, Packed* buffer) {
+        for (int64_t i = 0; i < m; i++, source += stride) {
+            Packed* to = buffer + i / ROWS * LEFT_PANEL + i % ROWS * BLOCK_DEPTH;
+            int64_t j = 0;
+            for (; j + WIDTH <= k; j += WIDTH) store(to + j, load(source + j));
+            if (j < k) store(to + j, load_some(source + j, k - j));
+        }
+        return {buffer, false};
+    }
+
+    // The transpose (m x k) of the source (k x m).
+    static Left left_transposed(Left, const Scalar* source, int64_t stride, int64_t k, int64_t m, Packed* buffer) {
+        for (int64_t j = 0; j < k; j++, source += stride) {
+            Packed* to = buffer + j * ROWS;
+            int64_t i = 0;
+            // A store's surplus is overwritten by the next row's.
+            for (; i + round_up(ROWS, WIDTH) <= m; i += ROWS, to += LEFT_PANEL)
+                for (int64_t lane = 0; lane < ROWS; lane += WIDTH) store(to + lane, load(source + i + lane));
+            for (; i < m; i += ROWS, to += LEFT_PANEL)
+                for (int64_t lane = 0; lane < ROWS; lane += WIDTH)
+                    store(to + lane, load_some(source + i + lane, m - i - lane));
+        }
+        return {buffer, true};
+    }
+
+    // As in FmaEngine, by stretches of rows that are long enough for the processor to fetch them ahead.
+    static void pack_right(Packed* to, int64_t depth, const Scalar* source, int64_t stride, int64_t k, int64_t n) {
+        constexpr int64_t STRETCH = 8 * PANEL;
+        for (int64_t first = 0; first < n; first += STRETCH) {
+            const int64_t end = smaller(n, first + STRETCH);
+            for (int64_t i = 0; i < k; i++) {
+                const Scalar* row = source + i * stride;
+                Packed* at = to + first * depth + i * PANEL;
+                int64_t j = first;
+                for (; j + PANEL <= end; j += PANEL, at += depth * PANEL)
+                    store(at, load(row + j)), store(at + WIDTH, load(row + j + WIDTH));
+                if (j < end)
+                    store(at, load_some(row + j, end - j)),
+                        store(at + WIDTH, load_some(row + j + WIDTH, end - j - WIDTH));
+            }
+        }
+    }
+
+    static void multiply(float* c, int64_t stride, Left a, const Packed* b, int64_t depth, int64_t m, int64_t n,
+                         int64_t k, bool accumulate) {
+        if (a.transposed)
+            product<true>(c, stride, a.data, b, depth, m, n, k, accumulate);
+        else
+            product<false>(c, stride, a.data, b, depth, m, n, k, accumulate);
+    }
+
+  private:
+    template <bool TRANSPOSED>
+    static void product(float* c, int64_t stride, const float* a, const Packed* b, int64_t depth, int64_t m, int64_t n,
+                        int64_t k, bool accumulate) {
+        for (int64_t j = 0; j < n; j += PANEL) {
+            const Packed* panel = b + j * depth;
+            float* to = c + j;
+            const float* left = a;
+            int64_t i = 0;
+            for (; i + ROWS <= m; i += ROWS, to += ROWS * stride, left += LEFT_PANEL)
+                block<ROWS, TRANSPOSED>(to, stride, left, panel, k, accumulate);
+            rest<ROWS - 1, TRANSPOSED>(m - i, to, stride, left, panel, k, accumulate);
+        }
+    }
+
+    template <int M, bool TRANSPOSED>
+    static void rest(int64_t m, float* c, int64_t stride, const float* a, const Packed* panel, int64_t k,
+                     bool accumulate) {
+        if constexpr (M > 0) {
+            if (m == M)
+                block<M, TRANSPOSED>(c, stride, a, panel, k, accumulate);
+            else
+                rest<M - 1, TRANSPOSED>(m, c, stride, a, panel, k, accumulate);
+        }
+    }
+
+    template <int M, bool TRANSPOSED>
+    static __attribute__((noinline)) void block(float* c, int64_t stride, const float* a, const Packed* panel,
+                                                int64_t k, bool accumulate) {
+        constexpr int64_t ROW = TRANSPOSED ? 1 : BLOCK_DEPTH, COLUMN = TRANSPOSED ? ROWS : 1;
+        Floats sums[M][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {
+            __builtin_prefetch(c + i * stride);
+            __builtin_prefetch(c + i * stride + WIDTH);
+            sums[i][0] = sums[i][1] = Floats{};
+        }
+        for (int64_t l = 0; l < k; l++, panel += PANEL, a += COLUMN) {
+            const Floats b0 = load(panel), b1 = load(panel + WIDTH);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; i++) {
+                const float x = a[i * ROW];
+                sums[i][0] += b0 * x;
+                sums[i][1] += b1 * x;
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {  // added to C last: the sum of a block rounds as its own size does
+            store(c + i * stride, accumulate ? load(c + i * stride) + sums[i][0] : sums[i][0]);
+            store(c + i * stride + WIDTH, accumulate ? load(c + i * stride + WIDTH) + sums[i][1] : sums[i][1]);
+        }
+    }
+};
+
+}  // namespace fusedformer::FF_LEVEL
