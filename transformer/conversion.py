@@ -1,4 +1,4 @@
-"""``fuse`` and ``unfuse``: an existing model's attention swapped for ours, in place, and back."""
+"""``fuse`` and ``unfuse``: an existing model's layers swapped for ours, in place, and back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def swapped(self) -> list[str]:
-        """The names of the modules whose attention was swapped."""
+        """The names of the modules that were swapped."""
         return [entry.module for entry in self.entries if entry.action == SWAPPED]
 
     @property
@@ -70,12 +70,13 @@ class Report:
 
 
 def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) -> Report:
-    """Swaps the model's attention for ours, in place; :func:`unfuse` undoes it. Calling it again changes nothing.
+    """Swaps the model's layers for ours, in place; :func:`unfuse` undoes it. Calling it again changes nothing.
 
     A ``torch.nn.MultiheadAttention`` becomes ``fusedformer.nn.MultiheadAttention`` by its class alone: the module, its
     parameters, ``requires_grad`` and hooks stay the objects they are. torch's encoder containers are set to call it,
     rather than their inference path around it. A Hugging Face model gets the attention implementation "fusedformer" in
-    its configuration, which models built from the same configuration object share.
+    its configuration, which models built from the same configuration object share; layers that are BERT's or copies of
+    them run their feed-forward half and residual connections on fused kernels too.
 
     Args:
         model: any module. Itself, too, is swapped if it is an attention.
@@ -167,6 +168,24 @@ def _swap_huggingface(model: torch.nn.Module) -> Iterator[Entry]:
             huggingface.choose(part, huggingface.NAME)
             part.__dict__[_BEFORE] = {_HUGGINGFACE: before}
             yield Entry(name, kind, SWAPPED, f'attention "{huggingface.NAME}" instead of "{before}"')
+    if huggingface.models(model):
+        yield from _swap_layers(model)
+
+
+def _swap_layers(model: torch.nn.Module) -> Iterator[Entry]:
+    from . import huggingface_layers as layers
+
+    for name, module in model.named_modules():
+        kind, combined, reason = type(module).__name__, layers.fused_class(module), layers.refusal(module)
+        if combined is None:
+            continue
+        if reason is not None:
+            yield Entry(name, kind, LEFT, reason)
+            continue
+        _change(module, "__class__", combined)
+        is_whole = issubclass(combined, layers.FusedFeedForward)
+        what = "feed-forward network and residual" if is_whole else "dropout, residual and norm"
+        yield Entry(name, kind, SWAPPED, f"{what} fused")
 
 
 def _huggingface() -> Any:

@@ -1,0 +1,196 @@
+"""BERT's layers and their copies, fused: which are, what they run, and that nothing attached to them is left out."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedformer
+from tests.tolerances import assert_within_contract
+
+transformers = pytest.importorskip("transformers")
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+COPIES = {"Bert": {}, "Roberta": {}, "Electra": {"embedding_size": 32}, "XLMRoberta": {}, "Ernie": {}}
+LAYERS = {"encoder.layer.0", "encoder.layer.0.attention.output", "encoder.layer.0.output"}
+
+
+def build(name: str = "Bert", **options: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**SIZE, **COPIES[name], **options, attn_implementation="eager")
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.dim() == 1 else 0.0, 0.1)
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(3, 64, (3, 11))
+
+
+def operations(model: Any) -> list[str]:
+    decisions = fusedformer.explain(model, input_ids=tokens()).decisions
+    return [decision.operation for decision in decisions]
+
+
+FUSED = ["attention", "dropout_add_layer_norm", "feed_forward", "dropout_add_layer_norm"]
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_layer_and_its_copies_are_fused_and_put_back(name: str) -> None:
+    model = build(name)
+    classes = {part: type(module) for part, module in model.named_modules()}
+    report = fusedformer.fuse(model)
+    assert set(report.swapped) == {"", *LAYERS}
+    assert "feed-forward network and residual fused" in str(report)
+    assert operations(model) == FUSED
+    for part, module in model.named_modules():
+        assert isinstance(module, classes[part])
+        assert type(module).__name__ == classes[part].__name__
+    assert not fusedformer.fuse(model).swapped
+    fusedformer.unfuse(model)
+    assert {part: type(module) for part, module in model.named_modules()} == classes
+    assert operations(model) == []
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "gelu_pytorch_tanh", "relu2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_as_accurate_as_the_layer_was(activation: str, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layer = build(hidden_act=activation).encoder.layer[0].to(dtype)
+    fused = copy.deepcopy(layer)
+    fusedformer.fuse(torch.nn.ModuleDict({"model": build(), "layer": fused}))
+    assert type(fused) is not type(layer)
+    x = torch.randn(17, 32, generator=generator).to(dtype)
+    grad_out = torch.randn(17, 32, generator=generator).to(dtype)
+
+    def run(part: Any) -> dict[str, Tensor]:
+        parameters = dict(part.named_parameters())
+        used = {name: p for name, p in parameters.items() if name.startswith(("intermediate", "output"))}
+        given = x.to(next(iter(used.values())).dtype).requires_grad_()
+        out = part.feed_forward_chunk(given)
+        grads = torch.autograd.grad(out, [given, *used.values()], grad_out.to(out.dtype))
+        return {"out": out.detach()} | dict(zip(["grad input", *used], grads, strict=True))
+
+    truth, eager = run(copy.deepcopy(layer).double()), run(layer)
+    for name, actual in run(fused).items():
+        assert_within_contract(actual, truth[name], eager[name], name)
+
+
+def test_an_activation_that_no_kernel_has_is_left() -> None:
+    model = build(hidden_act="mish")
+    report = fusedformer.fuse(model)
+    assert report.left == {"encoder.layer.0": "no kernel has the activation MishActivation"}
+    assert operations(model) == ["attention", "dropout_add_layer_norm", "dropout_add_layer_norm"]
+
+
+def test_code_of_its_own_is_left() -> None:
+    """A subclass that computes something else, and a method set on the instance."""
+    model = build()
+    layer = model.encoder.layer[0]
+
+    class Other(type(layer)):  # type: ignore[misc]
+        def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+            return attention_output
+
+    layer.__class__ = Other
+    layer.attention.output.forward = lambda hidden_states, input_tensor: input_tensor
+    report = fusedformer.fuse(model)
+    assert report.left == {"encoder.layer.0.attention.output": "a method of its own was set on it"}
+    assert type(layer) is Other
+    assert operations(model) == ["attention"]
+
+
+class Doubled(torch.nn.Module):
+    """What an adapter does: another module in a part's place, that calls it."""
+
+    def __init__(self, inside: torch.nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * self.inside(x)
+
+
+def adapt(layer: Any) -> None:
+    layer.intermediate.dense = Doubled(layer.intermediate.dense)
+
+
+def hook(layer: Any) -> None:
+    layer.output.dense.register_forward_hook(lambda module, args, out: 2.0 * out)
+
+
+def hook_before(layer: Any) -> None:
+    layer.intermediate.register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
+
+
+def parametrize(layer: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(layer.output.dense)
+    with torch.no_grad():
+        layer.output.dense.parametrizations.weight.original0.mul_(2.0)
+
+
+@pytest.mark.parametrize("change", [adapt, hook, hook_before, parametrize])
+def test_what_is_attached_later_is_not_left_out(change: Callable[[Any], None]) -> None:
+    model = build()
+    stock, ids = copy.deepcopy(model), tokens()
+    fusedformer.fuse(model)
+    with torch.no_grad():
+        unchanged = stock(input_ids=ids).last_hidden_state
+        for each in (stock, model):
+            change(each.encoder.layer[0])
+        expected, actual = (each(input_ids=ids).last_hidden_state for each in (stock, model))
+    assert not torch.allclose(expected, unchanged, atol=1e-2)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_copies_and_pickles() -> None:
+    model, ids = build(), tokens()
+    fusedformer.fuse(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+    with torch.no_grad():
+        expected = model(input_ids=ids).last_hidden_state
+        for each in again:
+            assert operations(each) == FUSED
+            assert torch.equal(each(input_ids=ids).last_hidden_state, expected)
+            fusedformer.unfuse(each)
+            assert operations(each) == []
+
+
+def test_dropout_is_on_in_training_alone() -> None:
+    model, ids = build(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0), tokens()
+    fusedformer.fuse(model)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+        x = torch.randn(64, 32)
+        part = model.encoder.layer[0].attention.output.train()
+        part.LayerNorm.weight.fill_(1.0)
+        part.LayerNorm.bias.zero_()
+        first, second = (part(x, torch.zeros_like(x)) for _ in range(2))
+        assert not torch.equal(first, second)
+        dropped = first == first.mode(dim=1, keepdim=True).values  # what is dropped is 0 before the norm
+        assert 0.4 < dropped.float().mean() < 0.6
+
+
+def test_compiles_whole() -> None:
+    model, ids = build(), tokens()
+    fusedformer.fuse(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
