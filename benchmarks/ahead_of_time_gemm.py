@@ -31,7 +31,7 @@ KERNELS = (
     "linear_backward_weight",
     *SUMS,
 )
-TOKENS = {"many": 1024, "some": 256, "few": 16}
+TOKENS = {"many": 1024, "some": 256, "few": 16, "one": 1}  # Triton takes a size of 1 for a constant
 FEATURES: dict[str, tuple[str, ...]] = {
     "operation": ("feed_forward", "linear"),
     "tokens": tuple(TOKENS),
@@ -163,7 +163,7 @@ def _combination(assignment: Assignment) -> GemmCombination:
 def _sizes(case: GemmCase) -> tuple[int, int, int, int]:
     """Tokens, d_in, d_ff and d_out: enough of them for the table's last row, odd rows unaligned."""
     odd = -7 if case.layout else 0
-    return TOKENS[case.tokens] + odd, 256 + odd, 1024 + odd, 512 + odd
+    return max(TOKENS[case.tokens] + odd, 1), 256 + odd, 1024 + odd, 512 + odd
 
 
 def _matrices(combination: GemmCombination, *shapes: tuple[int, ...]) -> list[Tensor]:

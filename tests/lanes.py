@@ -28,5 +28,9 @@ TRITON = (
 every_feature = pytest.mark.parametrize(("backend", "device"), [REFERENCE, *CPU, *TRITON])
 every_backend = pytest.mark.parametrize(("backend", "device"), [REFERENCE, TORCH, *CPU, *TRITON])
 every_kernel = pytest.mark.parametrize(("backend", "device"), [*CPU, *TRITON])
+# The same with one level for all of them, where the instruction set decides nothing.
+each_feature = pytest.mark.parametrize(("backend", "device"), [REFERENCE, *CPU[:1], *TRITON])
+each_backend = pytest.mark.parametrize(("backend", "device"), [REFERENCE, TORCH, *CPU[:1], *TRITON])
+each_kernel = pytest.mark.parametrize(("backend", "device"), [*CPU[:1], *TRITON])
 every_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
 every_level = pytest.mark.parametrize("level", [pytest.param(name, marks=marks) for name, marks in AT_LEVEL.items()])

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = {"fusedformer": "src/fusedformer", "fusedformer.kernels": "kernels", "fusedformer.transformer": "transformer"}
 COMMON = "fusedformer.kernels.common"
-OPTIONAL = {"fusedformer.transformer.huggingface": {"transformers"}}
+OPTIONAL = {f"fusedformer.transformer.{name}": {"transformers"} for name in ("huggingface", "huggingface_layers")}
 
 PUBLIC = ("api", "kvcache")  # modules of an op that others may import
 

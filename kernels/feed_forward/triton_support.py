@@ -6,13 +6,14 @@ from ..common import gemm_tiles, verified
 from ..common.device import architecture, triton_refusals
 from ..common.gemm_tiles import GemmTile, by_library, products_of
 from .config import GATED, KERNELS, pick_config
-from .problem import FeedForwardProblem
+from .problem import FeedForwardProblem, kernel_refusals
 
 
 def refusals(problem: FeedForwardProblem, automatic: bool) -> list[str]:
     """Reasons why the kernels do not take this problem."""
     p = problem
-    return triton_refusals(p.input.device.type, automatic) + gemm_tiles.refusals(p.input.dtype, p.precision)
+    reasons = triton_refusals(p.input.device.type, automatic) + gemm_tiles.refusals(p.input.dtype, p.precision)
+    return reasons + kernel_refusals(p)
 
 
 def workspace(problem: FeedForwardProblem) -> int:

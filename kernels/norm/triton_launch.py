@@ -108,10 +108,12 @@ def backward_launches(
         "features": features,
         "chunk": chunk_rows(rows, MAX_CHUNKS),
     }
+    arguments: dict[str, Any]
     launches = []
     if wants_rows or in_rows:
         tile = pick_config("backward_with_parameters" if in_rows else "backward", features, arch)
-        arguments = shared | {
+        arguments = {
+            **shared,
             "grad_sum_ptr": grad_sum_rows,
             "weight_ptr": _contiguous(s.weight),
             "seed_ptr": s.seed,
@@ -127,7 +129,7 @@ def backward_launches(
         launches.append(Launch(norm_backward_kernel, (chunks(rows),), arguments, tile))
     if wants_sums and not in_rows:
         tile = pick_config("backward_parameters", features, arch)
-        arguments = shared | partial | {"ROWS": tile.block_rows, "BLOCK": tile.block_features}
+        arguments = {**shared, **partial, "ROWS": tile.block_rows, "BLOCK": tile.block_features}
         grid = (chunks(rows), triton.cdiv(features, tile.block_features))
         launches.append(Launch(norm_backward_parameters_kernel, grid, arguments, tile))
     return launches

@@ -16,7 +16,7 @@ from fusedformer import BackendRefused
 from fusedformer.functional import feed_forward
 from fusedformer.kernels.common.backend import record_decisions
 from tests.kernels.feed_forward.cases import Case, make_inputs
-from tests.lanes import built, every_backend, every_kernel
+from tests.lanes import built, each_backend, each_kernel
 from tests.tolerances import assert_equal_bits
 
 T, D, FF, OUT = 5, 8, 12, 6
@@ -95,7 +95,7 @@ def test_parameters_and_defaults() -> None:
     }  # fmt: skip
 
 
-@every_backend
+@each_backend
 @pytest.mark.parametrize("leading", [(), (1,), (4,), (2, 3), (2, 1, 3), (2, 0)], ids=str)
 def test_any_leading_dimensions(leading: tuple[int, ...], backend: str, device: str) -> None:
     given = {name: x.to(device) for name, x in tensors().items()}
@@ -138,7 +138,7 @@ def test_a_callable_is_computed_by_torch(backend: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-@every_kernel
+@each_kernel
 def test_kernels_refuse_a_callable(backend: str, device: str) -> None:
     given = {name: x.to(device) for name, x in tensors().items()}
     with pytest.raises(BackendRefused, match="a callable"):
@@ -173,7 +173,7 @@ def test_torch_says_why_not() -> None:
     assert feed_forward(**half, precision="ieee", backend="torch").isfinite().all()
 
 
-@every_kernel
+@each_kernel
 def test_kernels_refuse_float64(backend: str, device: str) -> None:
     with pytest.raises(BackendRefused, match="float64"):
         feed_forward(**{name: x.to(device, torch.float64) for name, x in tensors().items()}, backend=backend)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from fusedformer import use_backend
 from fusedformer.functional import feed_forward
 from tests.kernels.feed_forward.cases import Case, Inputs, make_inputs
 from tests.kernels.feed_forward.eager import call, fused, results
-from tests.lanes import every_backend, every_feature, every_kernel
+from tests.lanes import each_backend, each_feature, each_kernel
 from tests.operators import Counter
 from tests.tolerances import assert_no_mistake
 
@@ -43,10 +42,10 @@ def inputs_for(backend: str, device: str, seed: int, **sizes: Any) -> Inputs:
 def both(compiled: Callable[..., Any], plain: Callable[..., Any], inputs: Inputs) -> None:
     expected = results(plain, inputs)
     for name, x in results(compiled, inputs).items():
-        torch.testing.assert_close(x, expected[name], msg=partial("{}: {}".format, name))
+        assert_no_mistake(x, expected[name], name)
 
 
-@every_backend
+@each_backend
 @pytest.mark.parametrize("recompute", [False, True])
 def test_one_graph_forward_and_backward(recompute: bool, backend: str, device: str, seed: int) -> None:
     counter = Counter()
@@ -55,7 +54,7 @@ def test_one_graph_forward_and_backward(recompute: bool, backend: str, device: s
     assert len(counter.graphs) == 1
 
 
-@every_backend
+@each_backend
 def test_dynamic_shapes_compile_once(backend: str, device: str, seed: int) -> None:
     compiled = torch.compile(fused(backend), backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -65,7 +64,7 @@ def test_dynamic_shapes_compile_once(backend: str, device: str, seed: int) -> No
 
 
 @pytest.mark.skipif(CPP is None, reason="inductor needs a C++ compiler")
-@every_backend
+@each_backend
 def test_inductor(backend: str, device: str) -> None:
     """With work before and after, so that what we say about strides is put to use; the residual is the input."""
     weight1, weight2 = torch.randn(12, 8, device=device), torch.randn(8, 12, device=device)
@@ -85,7 +84,7 @@ def test_inductor(backend: str, device: str) -> None:
         assert_no_mistake(one, other)
 
 
-@every_feature
+@each_feature
 def test_dropout_without_a_seed_in_a_graph(backend: str, device: str) -> None:
     """The seed is drawn in the graph: as many masks as calls, and backward has forward's."""
     identity = torch.eye(8, device=device)
@@ -119,7 +118,7 @@ def test_use_backend_is_guarded(seed: int) -> None:
     assert "linear" not in by_reference
 
 
-@every_kernel
+@each_kernel
 def test_a_transform_is_left_out_of_the_graph(backend: str, device: str) -> None:
     """Dynamo would inline the forward of an autograd function there, and the gradient would be 0."""
     x, weight = torch.randn(5, 8, device=device), torch.randn(8, 8, device=device)
@@ -141,7 +140,7 @@ class Network(torch.nn.Module):
         return feed_forward(x, one.weight, two.weight, one.bias, two.bias, activation="gelu", backend=self.backend)
 
 
-@every_backend
+@each_backend
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_dynamic_shapes(strict: bool, backend: str, device: str) -> None:
     network = Network(device, backend)

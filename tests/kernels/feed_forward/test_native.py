@@ -49,8 +49,8 @@ def test_every_remainder_of_tokens(tokens: int, dtype: torch.dtype, seed: int) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("features", [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 def test_every_remainder_of_features(features: int, dtype: torch.dtype, seed: int) -> None:
-    for tokens in (2, 10):
-        case = replace(EVERYTHING, leading=(tokens,), d_in=130 - features, d_ff=features, d_out=features + 3)
+    for tokens in (7, 20):  # of few numbers the largest error is a matter of luck
+        case = replace(EVERYTHING, leading=(tokens,), d_in=160 - features, d_ff=features, d_out=features + 3)
         check_each_level(make_inputs(case, dtype, "cpu", seed))
 
 

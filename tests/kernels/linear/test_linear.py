@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import fusedformer
 from fusedformer import BackendRefused
 from fusedformer.functional import linear
-from tests.lanes import CPU, REFERENCE, TORCH, TRITON, built, every_backend, every_feature, every_kernel, interpreted
+from tests.lanes import CPU, REFERENCE, TORCH, TRITON, built, each_backend, each_feature, each_kernel, every_backend
 from tests.operators import Calls
 from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
 
@@ -136,7 +136,7 @@ def test_any_leading_dimensions(leading: tuple[int, ...], backend: str, device: 
     actual = results(partial(linear, backend=backend), given, grad_out)
     assert actual["out"].is_contiguous()
     for name, x in actual.items():
-        torch.testing.assert_close(x, expected[name], msg=partial("{}: {}".format, name))
+        assert_no_mistake(x, expected[name], name)
 
 
 @every_backend
@@ -155,7 +155,7 @@ def test_a_gradient_of_any_strides(backend: str, device: str, seed: int) -> None
     for grad_out in (torch.ones(1, device=device).expand_as(dense), dense.mT.contiguous().mT):
         expected = results(partial(linear, backend=backend), given, grad_out.contiguous())
         for name, x in results(partial(linear, backend=backend), given, grad_out).items():
-            torch.testing.assert_close(x, expected[name], msg=partial("{}: {}".format, name))
+            assert_no_mistake(x, expected[name], name)
 
 
 # ---- arguments
@@ -208,7 +208,7 @@ def test_the_native_kernels_run() -> None:
     assert "instruction set level" in str(explanation)
 
 
-@every_kernel
+@each_kernel
 def test_kernels_refuse_float64(backend: str, device: str) -> None:
     x = torch.randn(5, 8, device=device, dtype=torch.float64)
     with pytest.raises(BackendRefused, match="float64"):
@@ -218,7 +218,7 @@ def test_kernels_refuse_float64(backend: str, device: str) -> None:
 # ---- composition
 
 
-@pytest.mark.parametrize(("backend", "device"), [*CPU, pytest.param("triton", "cpu", id="triton", marks=interpreted)])
+@each_kernel
 @pytest.mark.parametrize(("bias", "layout"), [(True, "contiguous"), (False, "rows")])
 def test_opcheck(bias: bool, layout: str, backend: str, device: str, seed: int) -> None:
     given, grad_out = make("projection", torch.float32, device, seed, bias, layout)
@@ -229,7 +229,7 @@ def test_opcheck(bias: bool, layout: str, backend: str, device: str, seed: int) 
         torch.library.opcheck(func, tuple(x.detach() if isinstance(x, Tensor) else x for x in args))
 
 
-@every_backend
+@each_backend
 @pytest.mark.parametrize("wanted", [(), (0,), (0, 1, 2)], ids=["forward", "gradient of input", "all gradients"])
 @pytest.mark.parametrize("dims", [(0, None, None), (1, None, None), (None, 0, None), (2, 1, 0), (None, None, 0)])
 def test_vmap(dims: tuple[int | None, ...], wanted: tuple[int, ...], backend: str, device: str) -> None:
@@ -249,24 +249,24 @@ def test_vmap(dims: tuple[int | None, ...], wanted: tuple[int, ...], backend: st
         function(*(x if dim is None else x.select(dim, i) for x, dim in zip(tensors, dims, strict=True)))
         for i in range(2)
     ]
-    torch.testing.assert_close(torch.func.vmap(function, in_dims=dims)(*tensors), torch.stack(loop))
+    assert_no_mistake(torch.func.vmap(function, in_dims=dims)(*tensors), torch.stack(loop))
 
 
-@every_backend
+@each_backend
 def test_jacrev(backend: str, device: str) -> None:
     x, weight = torch.randn(3, 8, device=device), torch.randn(6, 8, device=device)
     jacobian = torch.func.jacrev(lambda x: linear(x, weight, backend=backend))(x)
     assert_no_mistake(jacobian, torch.func.jacrev(lambda x: F.linear(x, weight.double()))(x.double()))
 
 
-@every_kernel
+@each_kernel
 def test_forward_mode_is_refused(backend: str, device: str) -> None:
     x = torch.randn(3, 8, device=device)
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda x: linear(x, x, backend=backend), (x,), (x,))
 
 
-@every_backend
+@each_backend
 def test_double_backward(backend: str, device: str, seed: int) -> None:
     given, grad_out = make("odd", torch.float32, device, seed)
 
@@ -287,7 +287,7 @@ def test_derivatives_of_the_reference() -> None:
     assert torch.autograd.gradgradcheck(partial(linear, backend="reference"), tensors)
 
 
-@every_backend
+@each_backend
 def test_autocast(backend: str, device: str, seed: int) -> None:
     given, grad_out = make("odd", torch.float32, device, seed)
 
@@ -303,11 +303,11 @@ def test_autocast(backend: str, device: str, seed: int) -> None:
         assert_equal_bits(x, expected[name].to(x.dtype), name)
 
 
-@every_feature
+@each_feature
 def test_the_same_tensor_twice(backend: str, device: str) -> None:
     x = torch.randn(5, 8, device=device, requires_grad=True)
     grads = [torch.autograd.grad(f(x, x).square().sum(), x)[0] for f in (partial(linear, backend=backend), F.linear)]
-    torch.testing.assert_close(*grads)
+    assert_no_mistake(grads[0], grads[1])
 
 
 # ---- graphs
@@ -320,7 +320,7 @@ def _nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@every_backend
+@each_backend
 @pytest.mark.usefixtures("_nothing_compiled_before")
 def test_one_graph_of_dynamic_shapes(backend: str, device: str) -> None:
     function = partial(linear, backend=backend)
@@ -332,10 +332,10 @@ def test_one_graph_of_dynamic_shapes(backend: str, device: str) -> None:
             grad_out = torch.randn(*leading, 6, device=device)
             expected = results(function, given, grad_out)
             for name, x in results(compiled, given, grad_out).items():
-                torch.testing.assert_close(x, expected[name], msg=partial("{}: {}".format, name))
+                assert_no_mistake(x, expected[name], name)
 
 
-@every_backend
+@each_backend
 @pytest.mark.usefixtures("_nothing_compiled_before")
 def test_export(backend: str, device: str) -> None:
     class Layer(torch.nn.Module):

@@ -68,8 +68,8 @@ def test_every_remainder_of_rows(rows: int, dtype: torch.dtype, seed: int) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("features", [1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 def test_every_remainder_of_features(features: int, dtype: torch.dtype, seed: int) -> None:
-    for rows in (3, 20):
-        check_each_level(make(rows, features, 130 - features, dtype, seed))
+    for rows in (7, 20):  # of few numbers the largest error is a matter of luck
+        check_each_level(make(rows, features, 160 - features, dtype, seed))
 
 
 @built

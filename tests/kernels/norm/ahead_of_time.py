@@ -92,9 +92,9 @@ def launch_of(combination: Combination) -> Launch:
     c = combination
     case = Case("", shape=(ROWS, c.features), norm=c.norm, residual=c.residual, dropout_p=c.dropout_p)
     inputs = make_inputs(case, DTYPES[c.dtype], "cpu", seed=0)
-    given = [inputs.tensors.get(name) for name in ("input", "residual", "weight", "bias")]
-    assert given[0] is not None
-    p = canonical(c.norm, given[0], *given[1:], c.dropout_p, 1e-5, True, inputs.options.get("seed"))
+    given = inputs.tensors
+    tensors = (given["input"], given["residual"], given["weight"], given.get("bias"))
+    p = canonical(c.norm, *tensors, c.dropout_p, 1e-5, True, inputs.options.get("seed"))
     total, statistics = torch.empty_like(inputs.grad_sum), torch.empty(ROWS)
     mean = statistics if c.norm == "layer_norm" else None
     if c.kernel == "forward":
@@ -103,8 +103,8 @@ def launch_of(combination: Combination) -> Launch:
     partial = torch.empty(chunks(ROWS), c.features)
     of_rows = (torch.empty_like(p.input), torch.empty_like(total)) if c.kernel == "backward" else (None, None)
     of_bias = None if p.bias is None else partial
-    arguments = (inputs.grad_out, inputs.grad_sum, saved, *of_rows, partial, of_bias)
-    launches = backward_launches(*arguments, c.architecture)
+    arguments = (inputs.grad_out, inputs.grad_sum, saved, *of_rows, partial, of_bias, c.architecture)
+    launches = backward_launches(*arguments)
     by_name = {launch.kernel.fn.__name__: launch for launch in launches}
     return by_name.get(f"norm_{c.kernel}_kernel") or launches[0]  # of short rows one kernel does both
 

@@ -21,7 +21,8 @@ EPS = {"layer_norm": 1e-5, "rms_norm": 1e-6}
 
 
 def eager(inputs: Inputs, attempt: int = 0) -> Callable[..., Both]:
-    """``(out, sum)``; ``attempt`` changes the order of every sum over features and of those over rows."""
+    """``(out, sum)``. ``attempt`` changes what mathematics leaves open: the order of every sum, over features and over
+    rows, and how dropout scales."""
     features = inputs.tensors["input"].size(-1)
     rows = inputs.tensors["input"].numel() // features
     device = inputs.grad_out.device
@@ -39,7 +40,8 @@ def eager(inputs: Inputs, attempt: int = 0) -> Callable[..., Both]:
         if dropout_p:
             keep = philox.keep_mask(inputs.options["seed"], 1, rows, features, dropout_p, 2).view(input.shape)
             kept = 1.0 - round(dropout_p * 65536) / 65536
-            total = (total * keep) / kept if kept else total * 0.0
+            scaled = total / kept if attempt % 2 else total * (1.0 / kept)  # the latter as torch's dropout
+            total = scaled * keep
         if residual is not None:
             total = residual + total
         shuffled = total.reshape(rows, features)[of_rows][:, of_features]

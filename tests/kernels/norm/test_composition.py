@@ -303,8 +303,8 @@ def test_one_graph_forward_and_backward(norm: str, backend: str, device: str, se
 
 @every_backend
 def test_dynamic_shapes_compile_once(backend: str, device: str, seed: int) -> None:
-    def function(**tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return dropout_add_layer_norm(**tensors, return_sum=True, backend=backend)  # type: ignore[arg-type,return-value]
+    def function(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return dropout_add_layer_norm(input, residual, weight, bias, return_sum=True, backend=backend)
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

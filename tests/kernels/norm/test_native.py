@@ -106,6 +106,20 @@ def test_another_thread_has_scratch_of_its_own(level: str, seed: int) -> None:
             assert_equal_bits(x, alone[name], name)
 
 
+@every_level
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_are_rounded_as_torch_rounds(dtype: torch.dtype, level: str, seed: int) -> None:
+    """Ties, denormals, overflow, infinities and NaN among them: every number of 16 bits, and another."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    other = every.flatten()[torch.randperm(1 << 16)].view(256, 256)
+    near = (every.double() * (1 + torch.finfo(dtype).eps * torch.randn(256, 256).double())).to(dtype)
+    for beside in (other, near, -near, torch.zeros_like(every)):
+        _, total = dropout_add_rms_norm(every, beside, None, return_sum=True, backend="cpu")
+        expected = every + beside
+        assert torch.equal(total.isnan(), expected.isnan())
+        assert_equal_bits(total.nan_to_num(), expected.nan_to_num())
+
+
 # The short way of plain calls
 
 
