@@ -1,6 +1,6 @@
 # Each target sets up ./.venv by itself, once; requirements/constraints.txt pins every version.
 #   make bench [FULL=1]     the main job: correctness, speed and memory against what it replaces
-#   make test [ARGS=...]    the whole suite; ARGS goes to pytest
+#   make test [ARGS=...]    the whole suite, a process for each core; ARGS goes to pytest (-n 0: in one process)
 #   make lint | format | clean
 
 SHELL := bash
@@ -19,7 +19,7 @@ bench: $(READY)
 	$(RUN) benchmarks $(if $(filter 1,$(FULL)),--full)
 
 test: $(READY)
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -30,12 +30,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     given = config.getoption("--seed")
+    if hasattr(config, "workerinput"):  # one of several processes
+        given = config.workerinput["seed"]
     config.stash[RUN_SEED] = secrets.randbits(31) if given is None else given
     # Tensors here are small, and threads that wait for each other on a busy machine are far slower than one.
     torch.set_num_threads(1)
     # A result that a kernel did not write shows as NaN, wherever the memory was allocated: in a launcher, or in C++.
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["seed"] = node.config.stash[RUN_SEED]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

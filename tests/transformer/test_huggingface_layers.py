@@ -122,7 +122,8 @@ class Doubled(torch.nn.Module):
         self.inside = inside
 
     def forward(self, x: Tensor) -> Tensor:
-        return 2.0 * self.inside(x)
+        out: Tensor = self.inside(x)
+        return 2.0 * out
 
 
 def adapt(layer: Any) -> None:
