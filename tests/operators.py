@@ -1,11 +1,16 @@
-"""Sees which operators a call makes: those of the library, and those in a compiled graph."""
+"""Sees which operators a call makes: those of the library, those in a compiled graph, the extension's short ways."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedformer.kernels.common import native
 
 
 class Calls(TorchDispatchMode):
@@ -30,3 +35,19 @@ class Counter:
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         self.graphs.append(graph.code)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+
+def is_short(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the call goes the short way of plain calls, and not the long one."""
+    taken: list[bool] = []
+
+    def short_way(*arguments: Any) -> Tensor | None:
+        out = original(*arguments)
+        taken.append(out is not None)
+        return out
+
+    original = native.short_way
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "short_way", short_way)
+        function()
+    return any(taken)

@@ -2,7 +2,6 @@
 // operator that looks at its three tensors, allocates and computes. Whatever is not plainly right it leaves, by
 // returning nothing, to the way that says what is wrong.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <array>
@@ -11,13 +10,11 @@
 #include <optional>
 
 #include "decode_problem.h"
-#include "problem.h"
+#include "tensors.h"
 
 namespace {
 
 using namespace fusedformer;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t DIMS = 4;
 using Sizes = std::array<int64_t, DIMS>;
@@ -34,19 +31,6 @@ struct Shape {
     Rows rows(const Tensor& x) const { return {x.data_ptr(), strides[0], strides[1], strides[2]}; }
 };
 
-Type type_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case ScalarType::Float:
-            return Type::float32;
-        case ScalarType::Half:
-            return Type::float16;
-        case ScalarType::BFloat16:
-            return Type::bfloat16;
-        default:
-            return Type::none;
-    }
-}
-
 // Dense, its dimensions in memory in the order of the query's (`empty_in_order_of` in kernels/common/library.py).
 Sizes dense_strides(const Sizes& sizes, const Sizes& like) {
     std::array<int, 3> order = {0, 1, 2};
@@ -60,8 +44,9 @@ Sizes dense_strides(const Sizes& sizes, const Sizes& like) {
 std::optional<Tensor> plain(Tensor query, Tensor key, Tensor value, std::optional<double> scale, bool is_causal,
                             bool enable_gqa) {
     if (query.dim() != DIMS || key.dim() != DIMS || value.dim() != DIMS) return std::nullopt;
+    if (!is_computed(query) || !is_computed(key) || !is_computed(value)) return std::nullopt;
     const Type type = type_of(query);
-    if (type == Type::none || type_of(key) != type || type_of(value) != type) return std::nullopt;
+    if (type_of(key) != type || type_of(value) != type) return std::nullopt;
     const Shape q(query), k(key), v(value);
     if (!q.readable() || !k.readable() || !v.readable()) return std::nullopt;
     const auto [batch, heads, len_q, head_dim] = q.sizes;
@@ -71,11 +56,7 @@ std::optional<Tensor> plain(Tensor query, Tensor key, Tensor value, std::optiona
     if (heads_kv != heads && (!enable_gqa || heads % heads_kv != 0)) return std::nullopt;
 
     const Sizes sizes = {batch, heads, len_q, v.sizes[3]}, strides = dense_strides(sizes, q.strides);
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(DIMS, sizes.data(), strides.data(),
-                                                           static_cast<int32_t>(query.scalar_type()),
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
-    Tensor out(handle);
+    Tensor out = new_tensor(query, DIMS, sizes.data(), strides.data());
     const int64_t rows = batch * heads * len_q;
     const std::unique_ptr<float[]> lse(new float[2 * rows]);
 

@@ -2,6 +2,8 @@
 // only caller, so the checks are its.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+
 #include "gemm_problem.h"
 #include "gemm_tensors.h"
 #include "level.h"
@@ -62,6 +64,47 @@ void backward(Tensor grad_out, MaybeTensor pre_activation, MaybeTensor pre_gate,
     chosen_kernels().feed_forward_backward(p, gradients, runtime());
 }
 
+// No dropout, no gradient, as few checks as a small call can bear: no result wherever there is more to it, or a
+// mistake, which the long way names.
+MaybeTensor plain(Tensor input, Tensor weight1, Tensor weight2, MaybeTensor bias1, MaybeTensor bias2,
+                  MaybeTensor gate_weight, MaybeTensor gate_bias, MaybeTensor residual, int64_t activation) {
+    constexpr int64_t MAX_DIMS = 8;
+    const int64_t dims = input.dim();
+    if (dims < 1 || dims > MAX_DIMS || !is_computed(input) || input.numel() == 0 || !input.is_contiguous()) return {};
+    const auto dtype = input.scalar_type();
+    auto fits = [&](const Tensor& x, int64_t rows, int64_t columns) {
+        return x.dim() == 2 && x.scalar_type() == dtype && x.size(0) == rows && x.size(1) == columns &&
+               x.stride(1) == 1 && rows > 0 && columns > 0;
+    };
+    auto lacks = [&](const MaybeTensor& x, int64_t size) {
+        return x && (x->dim() != 1 || x->scalar_type() != dtype || x->size(0) != size || x->stride(0) != 1);
+    };
+    if (weight1.dim() != 2 || weight2.dim() != 2) return {};
+    const int64_t d_in = input.size(dims - 1), d_ff = weight1.size(0), d_out = weight2.size(0);
+    if (!fits(weight1, d_ff, d_in) || !fits(weight2, d_out, d_ff) || (gate_weight && !fits(*gate_weight, d_ff, d_in)))
+        return {};
+    if (lacks(bias1, d_ff) || lacks(bias2, d_out) || lacks(gate_bias, d_ff) || (gate_bias && !gate_weight)) return {};
+    std::array<int64_t, MAX_DIMS> sizes, strides;
+    int64_t stride = 1;
+    for (int64_t i = dims - 1; i >= 0; stride *= sizes[i--])
+        sizes[i] = i == dims - 1 ? d_out : input.size(i), strides[i] = stride;
+    if (residual) {
+        if (residual->dim() != dims || residual->scalar_type() != dtype || !residual->is_contiguous()) return {};
+        for (int64_t i = 0; i < dims; i++)
+            if (residual->size(i) != sizes[i]) return {};
+    }
+    Tensor out = new_tensor(input, dims, sizes.data(), strides.data());
+    FeedForwardProblem p;
+    p.tokens = input.numel() / d_in, p.d_in = d_in, p.d_ff = d_ff, p.d_out = d_out, p.type = type_of(input);
+    p.input = {input.data_ptr(), d_in}, p.weight1 = matrix(weight1), p.weight2 = matrix(weight2);
+    p.gate_weight = matrix(gate_weight);
+    if (residual) p.residual = {residual->data_ptr(), d_out};
+    p.bias1 = pointer(bias1), p.bias2 = pointer(bias2), p.gate_bias = pointer(gate_bias);
+    p.activation = static_cast<Activation>(activation);
+    chosen_kernels().feed_forward_forward(p, {{out.data_ptr(), d_out}, {}, {}}, runtime());
+    return out;
+}
+
 // Bytes that the kernels take beyond their results, for `explain`.
 int64_t memory(int64_t element_size, int64_t tokens, int64_t d_in, int64_t d_ff, int64_t d_out, bool gated,
                bool residual_dropout, bool backward, bool recompute) {
@@ -88,12 +131,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
           "Tensor(e!)? grad_bias2, Tensor(f!)? grad_gate_weight, Tensor(g!)? grad_gate_bias, Tensor(h!)? sums1, "
           "Tensor(i!)? sums2, Tensor(j!)? gate_sums) -> ()");
     m.def(
+        "feed_forward_plain_cpu(Tensor input, Tensor weight1, Tensor weight2, Tensor? bias1, Tensor? bias2, "
+        "Tensor? gate_weight, Tensor? gate_bias, Tensor? residual, int activation) -> Tensor?");
+    m.def(
         "feed_forward_memory_cpu(int element_size, int tokens, int d_in, int d_ff, int d_out, bool gated, "
         "bool residual_dropout, bool backward, bool recompute) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {
     m.impl("feed_forward_forward_cpu", TORCH_BOX(&forward));
+    m.impl("feed_forward_plain_cpu", TORCH_BOX(&plain));
     m.impl("feed_forward_backward_cpu", TORCH_BOX(&backward));
 }
 

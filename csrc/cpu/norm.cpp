@@ -23,11 +23,6 @@ NormVector vector(const MaybeTensor& x) { return x ? NormVector{type_of(*x), x->
 void* data(const MaybeTensor& x) { return x ? x->data_ptr() : nullptr; }
 float* floats(const MaybeTensor& x) { return static_cast<float*>(data(x)); }
 
-bool is_read(torch::headeronly::ScalarType type) {
-    using torch::headeronly::ScalarType;
-    return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
-}
-
 NormProblem problem(const Tensor& like, const MaybeTensor& weight, const MaybeTensor& seed, int64_t dropout_threshold,
                     double keep_scale) {
     NormProblem p;
@@ -75,7 +70,7 @@ MaybeTensor plain(Tensor input, MaybeTensor residual, MaybeTensor weight, MaybeT
     for (int64_t i = dims - 1; i >= 0; stride *= sizes[i--]) sizes[i] = input.size(i), strides[i] = stride;
     const int64_t features = sizes[dims - 1];
     const auto dtype = input.scalar_type();
-    if (!is_read(dtype)) return {};
+    if (!is_computed(input)) return {};
     if (residual) {
         if (residual->dim() != dims || residual->scalar_type() != dtype || !residual->is_contiguous()) return {};
         for (int64_t i = 0; i < dims; i++)
@@ -85,10 +80,7 @@ MaybeTensor plain(Tensor input, MaybeTensor residual, MaybeTensor weight, MaybeT
         if (*x &&
             ((*x)->dim() != 1 || (*x)->size(0) != features || (*x)->scalar_type() != dtype || (*x)->stride(0) != 1))
             return {};
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        dims, sizes.data(), strides.data(), static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-    Tensor out(handle);
+    Tensor out = new_tensor(input, dims, sizes.data(), strides.data());
     forward(input, residual, weight, bias, {}, subtract_mean, eps, 0, 1.0, out, {}, {}, {});
     return out;
 }

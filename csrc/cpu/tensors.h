@@ -38,6 +38,21 @@ inline Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(
 
 inline Rows rows(const MaybeTensor& x) { return x ? rows(*x) : Rows{}; }
 
+// Whether the kernels compute in this dtype.
+inline bool is_computed(const Tensor& x) {
+    using torch::headeronly::ScalarType;
+    const ScalarType dtype = x.scalar_type();
+    return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+// Uninitialised, on the CPU, of the dtype of `like`.
+inline Tensor new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dims, sizes, strides, static_cast<int32_t>(like.scalar_type()), aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
 inline Mask per_head(const MaybeTensor& x) {  // (B, H)
     if (!x) return {};
     return {type_of(*x), x->data_ptr(), stride(*x, 0), stride(*x, 1), 0, 0};

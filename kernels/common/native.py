@@ -9,8 +9,12 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from .library import is_watched
 
 EXTENSION = "fusedformer._native"
 HOW_TO_BUILD = "pip install --no-build-isolation ."
@@ -69,6 +73,31 @@ def refusals(device_type: str, expected_device_type: str, kernel: str) -> list[s
     if device_type != expected_device_type:
         return [f"needs tensors on {expected_device_type}, they are on {device_type}"]
     return []
+
+
+_operators: dict[str, Any] = {}
+
+
+def short_way(operator: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Tensor | None:
+    """``operator(*tensors, *options)`` with hardly a check between: of a small call the checks are most.
+
+    None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
+    """
+    first = tensors[0]
+    if torch.compiler.is_compiling() or type(first) is not Tensor or not first.is_cpu:
+        return None
+    if torch.is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", True) for x in tensors):
+        return None
+    if is_watched(tensors) or torch._C._is_any_autocast_enabled():
+        return None
+    if operator not in _operators:
+        if missing(operator) is not None:
+            return None
+        _operators[operator] = getattr(torch.ops.fusedformer_native, operator).default._op
+    try:
+        return _operators[operator](*tensors, *options)  # type: ignore[no-any-return]
+    except NotImplementedError:  # torch's dispatcher, for tensors that are sparse, nested, quantized, on two devices
+        return None
 
 
 def load() -> None:

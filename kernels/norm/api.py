@@ -164,7 +164,7 @@ def _run(
 ) -> Tensor | tuple[Tensor, Tensor]:
     plain = type(dropout_p) is float and dropout_p == 0.0 and type(eps) is float and seed is None and not return_sum
     if plain and is_free_to("cpu", backend):
-        out = native_cpu.plain(input, residual, weight, bias, norm == LAYER_NORM, eps)
+        out = native.short_way("norm_plain_cpu", (input, residual, weight, bias), norm == LAYER_NORM, eps)
         if out is not None:
             return out
     problem = canonical(norm, input, residual, weight, bias, dropout_p, eps, return_sum, seed)

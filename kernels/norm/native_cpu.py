@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..common import native, philox
 from ..common.checks import dtype_name
-from ..common.library import is_watched
 from ..common.rows import as_rows
 from .problem import LAYER_NORM, NormProblem, Saved, chunk_rows
 
@@ -38,39 +35,6 @@ def workspace(problem: NormProblem) -> int:
 def notes(problem: NormProblem) -> list[str]:
     """What ``explain`` should add: the instruction set."""
     return [f"instruction set level {native.level()}"]
-
-
-def plain(
-    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float
-) -> Tensor | None:
-    """The norm of a sum that nothing is dropped from, by the shortest way: of a small call the checks are most.
-
-    None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
-    """
-    if torch.compiler.is_compiling() or type(input) is not Tensor or not input.is_cpu:
-        return None
-    tensors = (input, residual, weight, bias)
-    if torch.is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", True) for x in tensors):
-        return None
-    if is_watched(tensors) or torch._C._is_any_autocast_enabled():
-        return None
-    operator = _plain_operator or _find_plain_operator()
-    if operator is None:
-        return None
-    try:
-        return operator(input, residual, weight, bias, centred, eps)  # type: ignore[no-any-return]
-    except NotImplementedError:  # torch's dispatcher, for tensors that are sparse, nested, quantized, on two devices
-        return None
-
-
-_plain_operator: Any = None  # looked up once
-
-
-def _find_plain_operator() -> Any:
-    global _plain_operator
-    if native.missing("norm_plain_cpu") is None:
-        _plain_operator = torch.ops.fusedformer_native.norm_plain_cpu.default._op
-    return _plain_operator
 
 
 def forward(problem: NormProblem, keep_statistics: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

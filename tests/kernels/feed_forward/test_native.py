@@ -4,6 +4,7 @@ in the other files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedformer import explain
+from fusedformer import explain, use_backend
 from fusedformer.functional import feed_forward
 from fusedformer.kernels.common import native
+from fusedformer.kernels.common.backend import record_decisions
 from tests.kernels.feed_forward.cases import Case, Inputs, make_inputs
 from tests.kernels.feed_forward.eager import ACTIVATIONS, Results, expected, fused, results
 from tests.lanes import RUNNABLE, built, every_level
+from tests.operators import is_short
 from tests.tolerances import assert_equal_bits, assert_within_contract
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -169,3 +172,74 @@ def test_memory_does_not_grow_with_the_tokens(recompute: bool, dtype: torch.dtyp
         for gradients in (False, True):
             assert 0 < stated(1 << 12, gradients, gated) == stated(1 << 16, gradients, gated) < 1 << 25
         assert stated(1, False, gated) < 1 << 14  # rows of one token
+
+
+# The short way of plain calls
+
+PLAIN = {
+    "plain": Case(""),
+    "one token": Case("", leading=(1,), d_in=33, d_ff=65, activation="gelu"),
+    "a vector": Case("", leading=(), activation="gelu_tanh"),
+    "many dimensions": Case("", leading=(1, 2, 1, 3), d_out=7, activation="silu", residual=True),
+    "no bias": Case("", without=("bias1", "bias2")),
+    "gated": Case("", gated=True, activation="relu2"),
+}
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("said", PLAIN)
+def test_the_short_way_gives_what_the_long_one_does(
+    said: str, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(PLAIN[said], dtype, "cpu", seed)
+    function = partial(fused("auto"), **inputs.tensors, **inputs.options)
+    with record_decisions():  # which is never skipped
+        long = function()
+    assert is_short(function, monkeypatch)
+    short = function()
+    assert_equal_bits(short, long)
+    assert short.stride() == long.stride()
+
+
+@built
+def test_the_short_way_is_left_where_there_is_more_to_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = make_inputs(Case("", gated=True, residual=True), torch.float32, "cpu", seed).tensors
+    call: Callable[..., Any] = feed_forward
+
+    def short(**changed: Any) -> bool:
+        return is_short(lambda: call(**{**given, **changed}), monkeypatch)
+
+    assert short()
+    assert short(recompute=True)  # of which there is nothing without a gradient
+    options: dict[str, Any] = {"dropout_p": 0.5, "residual_dropout_p": 0.5, "activation": torch.tanh}
+    for name, option in (options | {"precision": "ieee", "backend": "torch"}).items():
+        assert not short(**{name: option}), name
+    for name, x in given.items():
+        leaf = x.clone().requires_grad_()
+        assert not short(**{name: leaf}), name
+        with torch.no_grad():
+            assert short(**{name: torch.nn.Parameter(leaf)} if name != "input" else {name: leaf}), name
+        if x.dim() == 2:
+            assert not short(**{name: x.mT.contiguous().mT}), name
+    assert not short(input=given["input"][:0], residual=given["residual"][:0])
+    with use_backend("reference"):
+        assert not short()
+    assert explain(call, **given).backend == "cpu"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not short()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not short()
+    mapped = torch.func.vmap(lambda x: call(**{**given, "input": x, "residual": None}))
+    assert not is_short(lambda: mapped(given["input"][:, None]), monkeypatch)
+
+
+@built
+@pytest.mark.parametrize("name", ["weight1", "weight2", "bias1", "bias2", "gate_weight", "gate_bias", "residual"])
+def test_the_short_way_lets_no_mistake_pass(name: str, seed: int) -> None:
+    given = make_inputs(Case("", gated=True, residual=True), torch.float32, "cpu", seed).tensors
+    call: Callable[..., Any] = feed_forward
+    x = given[name]
+    for wrong in (x[..., :-1], x.double(), x[None], x.int()):
+        with pytest.raises((ValueError, TypeError), match=name):
+            call(**{**given, name: wrong})

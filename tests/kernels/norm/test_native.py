@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fusedformer import explain, use_backend
 from fusedformer.functional import dropout_add_layer_norm, dropout_add_rms_norm
 from fusedformer.kernels.common.backend import record_decisions
-from fusedformer.kernels.norm import native_cpu
 from tests.kernels.norm.cases import DTYPES, NORMS, Case, make_inputs
 from tests.kernels.norm.eager import Results, fused, results
 from tests.lanes import built, every_level
+from tests.operators import is_short
 from tests.tolerances import assert_equal_bits
 
 LONG = Case("", shape=(300, 70), dropout_p=0.1)  # chunks of rows, the last one not full
@@ -121,22 +121,6 @@ def test_sums_are_rounded_as_torch_rounds(dtype: torch.dtype, level: str, seed: 
 
 
 # The short way of plain calls
-
-
-def is_short(function: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the call goes the short way, and not the long one."""
-    taken: list[bool] = []
-
-    def plain(*arguments: Any) -> Tensor | None:
-        out = original(*arguments)
-        taken.append(out is not None)
-        return out
-
-    original = native_cpu.plain
-    with monkeypatch.context() as patched:
-        patched.setattr(native_cpu, "plain", plain)
-        function()
-    return any(taken)
 
 
 PLAIN = {
