@@ -34,8 +34,16 @@ class LayerPeer:
 
 def layer_rows(case: LayerCase, options: Options, ceilings: Sequence[Ceilings]) -> list[LayerRow]:
     """One row for each peer and number of threads. Ours, if it is wrong, is not timed."""
-    inputs = case.inputs(options.device_type)
     peers = peers_of(case)
+    seconds = eager_seconds(case, options.device_type)
+    if seconds > options.patience_for_layer:
+        reason = f"plain torch would take {seconds:.0f} s a call here"
+        return [
+            replace(_row(case, peer), threads=c.threads, status="not run", reason=reason)
+            for c in ceilings
+            for peer in peers
+        ]
+    inputs = case.inputs(options.device_type)
     untimed = judged(case, inputs, peers, options)
     ready = [peer for peer, row in zip(peers, untimed, strict=True) if row.status == "ok"]
     rows: list[LayerRow] = []
@@ -56,6 +64,31 @@ def peers_of(case: LayerCase) -> list[LayerPeer]:
     return [LayerPeer(OURS, case.ours), LayerPeer(EAGER, case.plain), LayerPeer(COMPILED, compiled)]
 
 
+def eager_seconds(case: LayerCase, device_type: str) -> float:
+    """How long plain torch takes, about: by a few of the tokens. A CPU may lack the instructions of a half type."""
+    few = replace(case, tokens=max(1, case.tokens // 16))
+    call = _subject(few.plain, few.inputs(device_type).without_seed(), case.direction)
+    return stopwatch_for(device_type)(call, 1) * case.tokens / few.tokens
+
+
+def _row(case: LayerCase, peer: LayerPeer) -> LayerRow:
+    return LayerRow(
+        case=case.name,
+        peer=peer.name,
+        dtype=case.dtype,
+        direction=case.direction,
+        family=case.family,
+        length=case.tokens,
+        flops=case.flops,
+        moved_bytes=0,
+        checked="",
+        floor=case.floor,
+        read_floor=case.read_floor,
+        kept_most=case.kept_most,
+        is_default=peer.name == EAGER,
+    )
+
+
 def judged(case: LayerCase, inputs: LayerInputs, peers: Sequence[LayerPeer], options: Options) -> list[LayerRow]:
     """The rows before any timing: whether each peer runs, how far it is from float64, and the memory it takes."""
     asked = inputs.without_seed()  # a user gives none
@@ -70,21 +103,7 @@ def judged(case: LayerCase, inputs: LayerInputs, peers: Sequence[LayerPeer], opt
     eager = [_results(case.eager(attempt), given, case.direction) for attempt in range(ATTEMPTS)]
     rows: list[LayerRow] = []
     for peer in peers:
-        row = LayerRow(
-            case=case.name,
-            peer=peer.name,
-            dtype=case.dtype,
-            direction=case.direction,
-            family=case.family,
-            length=case.tokens,
-            flops=case.flops,
-            moved_bytes=case.moved_bytes(inputs),
-            checked=", ".join(truth),
-            floor=case.floor,
-            read_floor=case.read_floor,
-            kept_most=case.kept_most,
-            is_default=peer.name == EAGER,
-        )
+        row = replace(_row(case, peer), moved_bytes=case.moved_bytes(inputs), checked=", ".join(truth))
         if row.is_ours:
             level = native_level() if backend == NATIVE else ""
             row = replace(row, backend=backend, level=level, explanation=str(explained), reason=draws_its_own)

@@ -43,6 +43,11 @@ class Options:
         return 5.0 if self.full else 0.25
 
     @property
+    def patience_for_layer(self) -> float:
+        """Seconds that a call of plain torch's may take."""
+        return 30.0 if self.full else 2.0
+
+    @property
     def patience_for_model(self) -> float:
         """Seconds that the main job may take in one dtype."""
         return 600.0 if self.full else 60.0

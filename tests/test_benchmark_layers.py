@@ -127,6 +127,15 @@ def test_a_wrong_result_is_not_timed(
     assert ours.ratio is None
 
 
+def test_what_plain_torch_takes_too_long_for_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "eager_seconds", lambda case, device_type: 100.0)
+    rows = layers.layer_rows(replace(TINY, floor=1.0), Options("cpu"), [CEILINGS])
+    assert {row.status for row in rows} == {"not run"}
+    assert {row.reason for row in rows} == {"plain torch would take 100 s a call here"}
+    assert not rows[0].met
+    assert len(tables.layer_tables(rows)) == len(tables.floors_table(rows).rows) == 1
+
+
 def test_what_is_kept_can_be_a_floor_too() -> None:
     row = LayerRow(
         "a", OURS, "fp32", TRAINING, "f", 1, 1.0, 1, "out", ratio=2.0, floor=1.0, level="avx2", kept_most=0.5
