@@ -127,7 +127,9 @@ def _tried(
     options: Options,
 ) -> LayerRow:
     peak = peak_bytes(lambda: _results(peer.function, asked, case.direction), options.device_type)
-    kept = None if case.direction == "forward" else kept_bytes(partial(_call, peer.function, asked.leaves()))
+    leaves = asked.leaves()
+    call = partial(_call, peer.function, leaves)
+    kept = None if case.direction == "forward" else kept_bytes(call, leaves.tensors.values())
     row = replace(row, peak_bytes=peak, kept_bytes=kept)
     if not row.is_ours:
         if case.dropout_p:

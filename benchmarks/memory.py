@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -40,13 +40,14 @@ def peak_bytes(call: Call, device_type: str) -> int:
     return peak
 
 
-def kept_bytes(call: Callable[[], Tensor]) -> int:
-    """What autograd keeps for the backward of ``call``'s result, leaves aside: they are there anyway."""
+def kept_bytes(call: Callable[[], Tensor], given: Iterable[Tensor]) -> int:
+    """What autograd keeps for the backward of ``call``'s result beyond what is ``given``, which is there anyway."""
+    there = {x.untyped_storage().data_ptr() for x in given}
     kept: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
-        if not x.is_leaf or not x.requires_grad:
-            storage = x.untyped_storage()
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in there:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 

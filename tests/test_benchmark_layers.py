@@ -90,10 +90,12 @@ def test_no_pre_activation_is_at_the_kink() -> None:
 
 
 def test_kept_bytes_are_what_backward_needs() -> None:
-    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(16, requires_grad=True)
-    assert kept_bytes(lambda: x * weight) == 0
-    assert kept_bytes(lambda: (x * weight).relu()) == 4 * 8 * 16
-    assert kept_bytes(lambda: (x * weight).exp() * weight) == 4 * 8 * 16
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    given = (x, weight)
+    assert kept_bytes(lambda: x * weight, given) == 0
+    assert kept_bytes(lambda: (x * weight).relu(), given) == 4 * 8 * 16
+    assert kept_bytes(lambda: (x * weight).exp() * weight, given) == 4 * 8 * 16
+    assert kept_bytes(lambda: x @ weight.mT, given) == 0  # a view of what is given
 
 
 @pytest.mark.usefixtures("_without_compilation")

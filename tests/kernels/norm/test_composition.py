@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fusedformer.functional import dropout_add_layer_norm, dropout_add_rms_norm
 from tests.kernels.norm.cases import NORMS, Case, Inputs, make_inputs
 from tests.kernels.norm.eager import eager, fused, results
 from tests.lanes import built, every_backend, every_feature, every_kernel, interpreted
+from tests.operators import Calls, Counter
 from tests.tolerances import assert_equal_bits, assert_no_mistake
 
 CPP = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -54,19 +54,6 @@ def test_gradcheck_of_the_reference(case: Case, seed: int) -> None:
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
     assert torch.autograd.gradgradcheck(function, tuple(leaves.values()))
-
-
-class Calls(TorchDispatchMode):
-    """Records the calls of our operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fusedformer":
-            self.made[func.overloadpacket.__name__] = (func, args)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=built), pytest.param("triton", marks=interpreted)])
@@ -273,17 +260,6 @@ def test_autocast(residual: str, backend: str, device: str, seed: int) -> None:
     if device == "cpu":
         for one, other in zip(inside, fused(inputs, backend)(**inputs.tensors), strict=True):
             assert_equal_bits(one, other)
-
-
-class Counter:
-    """A compiler backend that keeps the code of each graph and then runs it as aot_eager does."""
-
-    def __init__(self) -> None:
-        self.graphs: list[str] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        self.graphs.append(graph.code)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
 
 def both(compiled: Callable[..., Any], plain: Callable[..., Any], inputs: Inputs) -> None:
