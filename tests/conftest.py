@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tolerances import DRAWS, ContractViolation, Draws
+from tests.tolerances import ContractViolation, Draws
 
 # The interpreter multiplies small tiles with numpy, whose threads only get in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -65,9 +65,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     try:
         pyfuncitem.obj(**given)
-    except ContractViolation:
+    except ContractViolation as violation:
         draws = Draws()
-        for draw in range(DRAWS):
+        for draw in range(violation.draws):
             torch.manual_seed(given["seed"] + draw)
             with draws.another():
                 pyfuncitem.obj(**{**given, "seed": given["seed"] + draw})

@@ -84,6 +84,14 @@ def test_what_is_wrong_by_more_than_luck_stays_wrong(errors: list[float], norm: 
         judged_together(errors, eager_errors)
 
 
+@pytest.mark.parametrize(("count", "draws"), [(1, 64), (5, 13), (8, 8), (1000, 8)])
+def test_few_numbers_are_weighed_with_more_draws(count: int, draws: int) -> None:
+    truth = torch.ones(count, dtype=torch.float64)
+    with pytest.raises(ContractViolation) as violation:
+        assert_within_contract((truth + 1.0).float(), truth, truth.float())
+    assert violation.value.draws == draws
+
+
 def test_draws_must_measure_the_same() -> None:
     draws = Draws()
     for what in ("out", "lse"):

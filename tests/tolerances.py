@@ -8,8 +8,8 @@ tensor: the largest element (no element is far off) and the root mean square (mo
 truth's magnitude in that norm. Per element it could not be sound: eager hits single elements exactly by luck. So it may
 a whole tensor, where one row's cancellation makes up the error; so eager may be computed several times, its sums in
 other orders, and the worst counts. And so may a tensor of few numbers: what violates the contract in one draw of the
-inputs is judged on ``DRAWS`` of them, that one included, as one tensor (``conftest.py`` runs the test on them). What is
-wrong by more than luck stays wrong; no draw is discarded.
+inputs is judged on ``DRAWS`` of them, or as many as have ``NUMBERS`` numbers, that one included, as one tensor
+(``conftest.py`` runs the test on them). What is wrong by more than luck stays wrong; no draw is discarded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 FACTOR = 2.0
-DRAWS = 8
+DRAWS, NUMBERS = 8, 64
 
 NORMS: dict[str, Callable[[Tensor], float]] = {
     "largest": lambda x: x.abs().max().item(),
@@ -37,7 +37,11 @@ NORM_OF_ALL: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 class ContractViolation(AssertionError):
-    """An error beyond the contract's."""
+    """An error beyond the contract's, in a tensor of so many numbers."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.draws = max(DRAWS, -(-NUMBERS // count))  # to be weighed with
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Measurement:
     eager_error: float
     magnitude: float
     eps: float
+    count: int
 
     def judge(self, of: str = "") -> None:
         """Raises where the contract is violated."""
@@ -59,7 +64,8 @@ class Measurement:
             ratio = f"{self.error / self.eager_error:.2f}" if self.eager_error else "infinitely many"
             raise ContractViolation(
                 f"{self.what}: {self.norm} error {self.error:.3g}{of} is {ratio} x eager's {self.eager_error:.3g}; "
-                f"allowed {FACTOR:g} x eager's + one rounding band {band:.3g} = {limit:.3g}"
+                f"allowed {FACTOR:g} x eager's + one rounding band {band:.3g} = {limit:.3g}",
+                self.count,
             )
 
 
@@ -91,7 +97,7 @@ class Draws:
             error, eager_error, magnitude = (
                 of_all([getattr(one, name) for one in same]) for name in ("error", "eager_error", "magnitude")
             )
-            together = Measurement(first.what, first.norm, error, eager_error, magnitude, first.eps)
+            together = Measurement(first.what, first.norm, error, eager_error, magnitude, first.eps, first.count)
             together.judge(f" in {len(same)} draws together")
 
 
@@ -126,7 +132,7 @@ def assert_within_contract(
         error = norm((actual64 - truth)[finite])
         eager_error = max(norm(_finite_errors(attempt, truth)) for attempt in attempts)
         eps = torch.finfo(actual.dtype).eps
-        measurement = Measurement(what, norm_name, error, eager_error, norm(truth[finite]), eps)
+        measurement = Measurement(what, norm_name, error, eager_error, norm(truth[finite]), eps, int(finite.sum()))
         if _run is None:
             measurement.judge()
         else:

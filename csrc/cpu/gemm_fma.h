@@ -80,18 +80,27 @@ struct GemmFma : FmaEngine<S> {
     }
 
   private:
+    static constexpr int64_t SHORT_SUM = 16;
+
     template <bool TRANSPOSED>
     static void product(float* c, int64_t stride, const float* a, const Packed* b, int64_t depth, int64_t m, int64_t n,
                         int64_t k, bool accumulate) {
         for (int64_t j = 0; j < n; j += PANEL) {
-            const Packed* panel = b + j * depth;
-            float* to = c + j;
-            const float* left = a;
-            int64_t i = 0;
-            for (; i + ROWS <= m; i += ROWS, to += ROWS * stride, left += LEFT_PANEL)
-                block<ROWS, TRANSPOSED>(to, stride, left, panel, k, accumulate);
-            rest<ROWS - 1, TRANSPOSED>(m - i, to, stride, left, panel, k, accumulate);
+            // Torch sums a column or two by vectors, many short sums: so short are the pieces of few columns.
+            const int64_t piece = n - j < PANEL / 2 ? SHORT_SUM : larger<int64_t>(k, 1);
+            for (int64_t l = 0; l == 0 || l < k; l += piece)
+                rows<TRANSPOSED>(c + j, stride, a + l * (TRANSPOSED ? ROWS : 1), b + j * depth + l * PANEL, m,
+                                 smaller(piece, k - l), accumulate || l > 0);
         }
+    }
+
+    template <bool TRANSPOSED>
+    static void rows(float* c, int64_t stride, const float* a, const Packed* panel, int64_t m, int64_t k,
+                     bool accumulate) {
+        int64_t i = 0;
+        for (; i + ROWS <= m; i += ROWS, c += ROWS * stride, a += LEFT_PANEL)
+            block<ROWS, TRANSPOSED>(c, stride, a, panel, k, accumulate);
+        rest<ROWS - 1, TRANSPOSED>(m - i, c, stride, a, panel, k, accumulate);
     }
 
     template <int M, bool TRANSPOSED>
