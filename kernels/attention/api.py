@@ -139,7 +139,7 @@ def attention(
     no_scores = softcap is None and alibi_slopes is None and sinks is None and precision is None
     default = no_masks and no_scores and seed is None and causal_alignment == "top_left" and not return_lse
     if default and _is_plain(dropout_p, scale, backend):
-        plain = native_cpu.plain(query, key, value, scale, is_causal, enable_gqa)
+        plain = native.short_way("attention_plain_cpu", (query, key, value), scale, bool(is_causal), bool(enable_gqa))
         if plain is not None:
             return plain
     query, key, value = autocast(query, key, value)
@@ -198,7 +198,7 @@ def scaled_dot_product_attention(
         ValueError: as :func:`attention`, and when both ``attn_mask`` and ``is_causal`` are given, as in torch.
     """
     if attn_mask is None and _is_plain(dropout_p, scale, AUTO):
-        plain = native_cpu.plain(query, key, value, scale, is_causal, enable_gqa)
+        plain = native.short_way("attention_plain_cpu", (query, key, value), scale, bool(is_causal), bool(enable_gqa))
         if plain is not None:
             return plain
     if attn_mask is not None and is_causal:
@@ -333,7 +333,7 @@ def attention_with_weights(
 
 
 def _is_plain(dropout_p: float, scale: float | None, backend: str) -> bool:
-    """Whether numbers and backend leave the way to :func:`native_cpu.plain` open."""
+    """Whether numbers and backend leave the short way open."""
     numbers = type(dropout_p) is float and dropout_p == 0.0 and (scale is None or type(scale) is float)
     return numbers and is_free_to("cpu", backend)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..common import native, philox
 from ..common.checks import FLOATING, dtype_name
@@ -51,42 +50,6 @@ def workspace(problem: AttentionProblem) -> int:
 def notes(problem: AttentionProblem) -> list[str]:
     """What ``explain`` should add: the instruction set."""
     return [f"instruction set level {native.level()}"]
-
-
-def plain(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool, enable_gqa: bool
-) -> Tensor | None:
-    """Attention that nothing but causality restricts, by the shortest way: of a small call the checks are most.
-
-    None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
-    """
-    if torch.compiler.is_compiling() or not type(query) is type(key) is type(value) is Tensor or not query.is_cpu:
-        return None
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return None
-    if _dispatch_modes() or _transforms_active() or _autocast_enabled() or forward_ad._current_level >= 0:
-        return None
-    operator = _plain_operator or _find_plain_operator()
-    if operator is None:
-        return None
-    try:
-        return operator(query, key, value, scale, bool(is_causal), bool(enable_gqa))  # type: ignore[no-any-return]
-    except NotImplementedError:  # torch's dispatcher, for tensors that are sparse, nested, quantized, on two devices
-        return None
-
-
-# Looked up once: a name in a module of a module costs as much as a check.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._are_functorch_transforms_active
-_autocast_enabled = torch._C._is_any_autocast_enabled
-_plain_operator: Any = None
-
-
-def _find_plain_operator() -> Any:
-    global _plain_operator
-    if native.missing("attention_plain_cpu") is None:
-        _plain_operator = torch.ops.fusedformer_native.attention_plain_cpu.default._op
-    return _plain_operator
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 NAMESPACE = "fusedformer"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})  # what an operator is given where nothing watches it
 
 
 def register(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -62,8 +63,8 @@ def is_watched(tensors: Sequence[Tensor | None]) -> bool:
 
     Where nothing must, its body can be called itself: torch's dispatcher costs more than a small kernel.
     """
-    plain = (Tensor, torch.nn.Parameter, type(None))
-    return is_transformed() or torch._C._len_torch_dispatch_stack() > 0 or any(type(x) not in plain for x in tensors)
+    plain = PLAIN_TYPES.issuperset(map(type, tensors))
+    return not plain or is_transformed() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def apply_function(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .library import is_watched
+from .library import PLAIN_TYPES
 
 EXTENSION = "fusedformer._native"
 HOW_TO_BUILD = "pip install --no-build-isolation ."
@@ -77,18 +78,24 @@ def refusals(device_type: str, expected_device_type: str, kernel: str) -> list[s
 
 _operators: dict[str, Any] = {}
 
+# Looked up once: a name in a module of a module costs as much as a check.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_autocast_enabled = torch._C._is_any_autocast_enabled
+
 
 def short_way(operator: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Tensor | None:
     """``operator(*tensors, *options)`` with hardly a check between: of a small call the checks are most.
 
     None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
     """
-    first = tensors[0]
-    if torch.compiler.is_compiling() or type(first) is not Tensor or not first.is_cpu:
+    if torch.compiler.is_compiling() or type(tensors[0]) is not Tensor or not tensors[0].is_cpu:
         return None
-    if torch.is_grad_enabled() and any(x is not None and getattr(x, "requires_grad", True) for x in tensors):
-        return None
-    if is_watched(tensors) or torch._C._is_any_autocast_enabled():
+    differentiates = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) not in PLAIN_TYPES or (differentiates and x is not None and x.requires_grad):
+            return None
+    if _dispatch_modes() or _transforms_active() or _autocast_enabled() or forward_ad._current_level >= 0:
         return None
     if operator not in _operators:
         if missing(operator) is not None:
