@@ -14,7 +14,7 @@ from pathlib import Path
 from . import ahead_of_time as attention
 from . import ahead_of_time_gemm as gemm
 from .ahead_of_time import ARCHITECTURES, DTYPES, SPILLS, Compiled, allowed_spills, compile_all, violations
-from .tables import NONE, Cell, Table
+from .cells import NONE, Cell, Table
 from .terminal import Terminal
 
 KERNELS = (*attention.KERNELS, *gemm.KERNELS)

@@ -67,7 +67,7 @@ def peers_of(case: LayerCase) -> list[LayerPeer]:
 def eager_seconds(case: LayerCase, device_type: str) -> float:
     """How long plain torch takes, about: by a few of the tokens. A CPU may lack the instructions of a half type."""
     few = replace(case, tokens=max(1, case.tokens // 16))
-    call = _subject(few.plain, few.inputs(device_type).without_seed(), case.direction)
+    call = subject(few.plain, few.inputs(device_type).without_seed(), case.direction)
     return stopwatch_for(device_type)(call, 1) * case.tokens / few.tokens
 
 
@@ -159,7 +159,7 @@ def _timed(
 ) -> list[LayerRow]:
     """The rows with their timings, torch set to the ceiling's threads; what did not run or is wrong has none."""
     inputs = inputs.without_seed()
-    subjects = {peer.name: Subject(_subject(peer.function, inputs, case.direction)) for peer in ready}
+    subjects = {peer.name: Subject(subject(peer.function, inputs, case.direction)) for peer in ready}
     samples = measure(subjects, stopwatch_for(options.device_type), options.budget)
     timings = {name: summary(values) for name, values in samples.items()}
     best = min((name for name in timings if name != OURS), key=lambda name: timings[name].median, default=None)
@@ -181,7 +181,8 @@ def _call(function: Function, inputs: LayerInputs) -> Tensor:
     return function(**inputs.tensors, **inputs.options)
 
 
-def _subject(function: Function, inputs: LayerInputs, direction: str) -> Callable[[], object]:
+def subject(function: Function, inputs: LayerInputs, direction: str) -> Callable[[], object]:
+    """What to time of a function."""
     if direction == "forward":
         return partial(_call, function, inputs)
     leaves = inputs.leaves()

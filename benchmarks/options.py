@@ -48,6 +48,11 @@ class Options:
         return 30.0 if self.full else 2.0
 
     @property
+    def patience_for_transformer(self) -> float:
+        """Seconds that a call of a stock layer or model may take."""
+        return 120.0 if self.full else 10.0
+
+    @property
     def patience_for_model(self) -> float:
         """Seconds that the main job may take in one dtype."""
         return 600.0 if self.full else 60.0

@@ -9,8 +9,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from .cells import Cell, Table
 from .rows import Results, read
-from .tables import Cell, Table, tables
+from .tables import tables
 
 TITLE = "fusedformer: benchmark report"
 STYLE = """

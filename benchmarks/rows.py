@@ -125,6 +125,31 @@ class LayerRow(CaseRow):
 
 
 @dataclass(frozen=True)
+class TransformerRow(CaseRow):
+    """A whole layer or model at work, next to its stock equal.
+
+    Attributes:
+        peak_share: of the stock equal's ``peak_bytes``; of ours alone.
+        peak_most: the most that share may be; None where it is only reported.
+    """
+
+    peak_share: float | None = None
+    peak_most: float | None = None
+
+    @property
+    def takes_little(self) -> bool:
+        return self.peak_most is None or (self.peak_share is not None and self.peak_share <= self.peak_most)
+
+    @property
+    def met(self) -> bool | None:
+        """As in CaseRow, and little memory is taken."""
+        met = super().met
+        if self.peak_most is None or not self.is_ours:
+            return met
+        return self.takes_little and met is not False
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """One variant of the main job's model.
 
@@ -198,18 +223,19 @@ class NumericsRow:
     eager_error: float | None = None
 
 
-Row = AttentionRow | LayerRow | ModelRow | NumericsRow | Ceilings
+Row = AttentionRow | LayerRow | TransformerRow | ModelRow | NumericsRow | Ceilings
 KINDS: dict[str, type[Any]] = {
     "attention": AttentionRow,
     "layer": LayerRow,
+    "transformer": TransformerRow,
     "model": ModelRow,
     "numerics": NumericsRow,
     "ceilings": Ceilings,
 }
-RowType = TypeVar("RowType", AttentionRow, LayerRow, ModelRow, NumericsRow, Ceilings)
+RowType = TypeVar("RowType", AttentionRow, LayerRow, TransformerRow, ModelRow, NumericsRow, Ceilings)
 
 
-OurRow = AttentionRow | LayerRow | ModelRow
+OurRow = AttentionRow | LayerRow | TransformerRow | ModelRow
 
 
 class Writer:

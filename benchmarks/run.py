@@ -14,14 +14,16 @@ import fusedformer
 from fusedformer.kernels.common import native
 from fusedformer.kernels.common.backend import AUTO
 
-from . import cases, layer_cases, minilm, report
+from . import cases, layer_cases, minilm, model_cases, report
 from .attention import attention_rows
+from .case_tables import attention_tables, floors_table, layer_tables, transformer_tables
 from .ceilings import measure_ceilings
 from .layers import layer_rows
 from .machine import default_folder, find_machine
+from .models import transformer_rows
 from .options import Options
-from .rows import AttentionRow, LayerRow, ModelRow, OurRow, Writer, read
-from .tables import attention_tables, ceilings_table, floors_table, layer_tables, machine_table, model_table
+from .rows import AttentionRow, LayerRow, ModelRow, OurRow, TransformerRow, Writer, read
+from .tables import ceilings_table, machine_table, model_table
 from .terminal import Terminal
 from .timing import threads_set_to
 
@@ -48,9 +50,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     options = Options(given.device, given.full, given.quick, given.floors, given.only)
-    attention_cases, of_layers = cases.selected(options), layer_cases.selected(options)
+    attention_cases, of_layers, of_models = (each.selected(options) for each in (cases, layer_cases, model_cases))
     wants_model = re.search(options.pattern, minilm.MODEL) is not None
-    if not attention_cases and not of_layers and not wants_model:
+    if not attention_cases and not of_layers and not of_models and not wants_model:
         parser.error(f"--only {given.only}: no case has such a name")
 
     terminal = Terminal()
@@ -62,7 +64,8 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     missing = minilm.missing()
     runs_model = wants_model and missing is None
 
-    steps = len(options.threads) + len(attention_cases) + len(of_layers) + (minilm.steps(options) if runs_model else 0)
+    count = len(attention_cases) + len(of_layers) + len(of_models)
+    steps = len(options.threads) + count + (minilm.steps(options) if runs_model else 0)
     with terminal.progress(steps) as step:
         ceilings = []
         for threads in options.threads:
@@ -85,6 +88,12 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
         for table in (*layer_tables(layers), floors_table(layers)):
             if table.rows:
                 terminal.show(table)
+        transformers: list[TransformerRow] = []
+        for model_case in of_models:
+            step(model_case.name)
+            transformers += writer.write_all(transformer_rows(model_case, options, ceilings))
+        for table in transformer_tables(transformers):
+            terminal.show(table)
         model: list[ModelRow] = []
         if runs_model:
             model += writer.write_all(minilm.model_rows(options, ceilings, step))
@@ -92,7 +101,7 @@ def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
 
     if wants_model and missing is not None:
         terminal.say(f"The main job was not run: {missing}", "bad")
-    everything: list[OurRow] = [*attention, *layers, *model]
+    everything: list[OurRow] = [*attention, *layers, *transformers, *model]
     absent = [row for row in everything if row.is_ours and row.status != "ok"]
     for row in absent:
         terminal.say(f"{row.status.upper()} {row.title}: {row.reason}", "bad")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .tables import Table
+from .cells import Table
 
 HAS_RICH = importlib.util.find_spec("rich") is not None
 STYLES = {"good": "green", "bad": "bold red", "quiet": "dim", "": ""}

@@ -36,11 +36,15 @@ def test_attention(benchmark: BenchmarkFixture, case: AttentionCase, name: str) 
         pytest.skip(f"{peer.name} does not run it: {row.reason}")
     benchmark.extra_info.update(backend=row.backend, error=row.error, eager_error=row.eager_error)
     contender = subject(peer, timed, case.direction)
-    call, stopwatch = _synchronised(contender.call), CpuStopwatch()
     with contender.scope():
-        call()
-        iterations = repeats_for(stopwatch(call, 1), stopwatch)
-        benchmark.pedantic(call, rounds=ROUNDS, iterations=iterations)
+        timed_by(benchmark, contender.call)
+
+
+def timed_by(benchmark: BenchmarkFixture, call: Call) -> None:
+    """Times a call, repeated until the clock can tell."""
+    call, stopwatch = _synchronised(call), CpuStopwatch()
+    call()
+    benchmark.pedantic(call, rounds=ROUNDS, iterations=repeats_for(stopwatch(call, 1), stopwatch))
 
 
 def _synchronised(call: Call) -> Call:

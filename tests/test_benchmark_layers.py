@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import layers, tables
+from benchmarks import case_tables, layers
 from benchmarks.ceilings import Ceilings
 from benchmarks.layer_cases import FEED_FORWARD, LAYER_NORM, LAYERS, MINIATURES, LayerCase, selected
 from benchmarks.memory import kept_bytes
@@ -109,7 +109,7 @@ def test_a_right_result_is_timed_next_to_its_peers(case: LayerCase) -> None:
     assert ours.ratio is not None
     assert ours.best_peer == "eager"
     assert (ours.kept_share is None) == (case.direction == "forward")
-    (table,) = tables.layer_tables(rows)
+    (table,) = case_tables.layer_tables(rows)
     assert len(table.rows) == 1
     assert len(table.rows[0]) == len(table.columns)
 
@@ -135,7 +135,7 @@ def test_what_plain_torch_takes_too_long_for_is_not_run(monkeypatch: pytest.Monk
     assert {row.status for row in rows} == {"not run"}
     assert {row.reason for row in rows} == {"plain torch would take 100 s a call here"}
     assert not rows[0].met
-    assert len(tables.layer_tables(rows)) == len(tables.floors_table(rows).rows) == 1
+    assert len(case_tables.layer_tables(rows)) == len(case_tables.floors_table(rows).rows) == 1
 
 
 def test_what_is_kept_can_be_a_floor_too() -> None:

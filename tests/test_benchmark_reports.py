@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import report, rows, run, tables, terminal
+from benchmarks import case_tables, report, rows, run, tables, terminal
 from benchmarks.cases import selected
 from benchmarks.ceilings import Ceilings
+from benchmarks.cells import NONE, Cell, verdict
 from benchmarks.machine import ROOT, Machine, find_machine
 from benchmarks.options import Options
 from benchmarks.rows import OURS, AttentionRow, ModelRow, NumericsRow, Results, Writer, read
@@ -87,50 +88,50 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_loses_or_is_wrong_is_shown_as_bad() -> None:
-    (table,) = tables.attention_tables([SLOW, FLASH, WRONG])
+    (table,) = case_tables.attention_tables([SLOW, FLASH, WRONG])
     slow, wrong = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
-    assert slow["SDPA's / ours"] == tables.Cell("0.50x slower", "bad")
+    assert slow["SDPA's / ours"] == Cell("0.50x slower", "bad")
     assert (slow["of FMA"].text, slow["of read"].text) == ("25%", "0.4%")
     assert slow["error / SDPA's"].text == "1.0e-06 / 4.0e-06"
     assert slow["backend"].text == "reference"
     assert slow["sdpa flash ms"].text == "2*"
-    assert wrong[f"{OURS} ms"] == tables.Cell("WRONG", "bad")
-    assert wrong["GFLOP/s"].text == tables.NONE
+    assert wrong[f"{OURS} ms"] == Cell("WRONG", "bad")
+    assert wrong["GFLOP/s"].text == NONE
     (numbers,) = tables.numerics_tables([NUMBERS])
     assert numbers.rows[0][1].tone == "bad"
 
 
-def cells(*given: AttentionRow) -> dict[str, tables.Cell]:
-    (table,) = tables.attention_tables(given)
+def cells(*given: AttentionRow) -> dict[str, Cell]:
+    (table,) = case_tables.attention_tables(given)
     return dict(zip(table.columns, table.rows[0], strict=True))
 
 
 def test_a_floor_is_met_or_missed_in_red() -> None:
     native = replace(SLOW, backend="cpu", level="avx2", floor=2.0)
     shown = cells(replace(native, ratio=2.0), FLASH)
-    assert (shown["SDPA's / ours"], shown["at least"].text) == (tables.Cell("2.00x met", "good"), "2x")
+    assert (shown["SDPA's / ours"], shown["at least"].text) == (Cell("2.00x met", "good"), "2x")
     assert shown["backend"].text == "cpu avx2"
-    assert cells(replace(native, ratio=1.99), FLASH)["SDPA's / ours"] == tables.Cell("1.99x MISSED", "bad")
+    assert cells(replace(native, ratio=1.99), FLASH)["SDPA's / ours"] == Cell("1.99x MISSED", "bad")
     other = replace(native, ratio=9.0, backend="torch", level="")
-    assert cells(other, FLASH)["SDPA's / ours"] == tables.Cell("9.00x MISSED", "bad")  # no kernel of ours
+    assert cells(other, FLASH)["SDPA's / ours"] == Cell("9.00x MISSED", "bad")  # no kernel of ours
     failed = replace(native, status="failed", timing=None, ratio=None)
-    assert cells(failed, FLASH)["SDPA's / ours"] == tables.Cell(f"{tables.NONE} MISSED", "bad")
+    assert cells(failed, FLASH)["SDPA's / ours"] == Cell(f"{NONE} MISSED", "bad")
 
 
 def test_a_share_of_the_reads_can_be_a_floor_too() -> None:
     decode = replace(SLOW, backend="cpu", level="avx2", floor=2.0, ratio=3.0, read_floor=0.8, shares={"read": 0.81})
     assert decode.met is True
-    assert cells(decode, FLASH)["of read"] == tables.Cell("81% of 80% met", "good")
+    assert cells(decode, FLASH)["of read"] == Cell("81% of 80% met", "good")
     slow = replace(decode, shares={"read": 0.5})
     assert slow.met is False
-    assert cells(slow, FLASH)["of read"] == tables.Cell("50% of 80% MISSED", "bad")
+    assert cells(slow, FLASH)["of read"] == Cell("50% of 80% MISSED", "bad")
 
 
 def test_the_title_counts_the_floors() -> None:
     native = replace(SLOW, backend="cpu", level="avx2", floor=2.0)
-    (table,) = tables.attention_tables([native, FLASH, replace(native, case="b", ratio=3.0), SLOW])
+    (table,) = case_tables.attention_tables([native, FLASH, replace(native, case="b", ratio=3.0), SLOW])
     assert table.title == "Attention, 1 thread: 1 of 2 floors met"
-    (table,) = tables.attention_tables([SLOW, FLASH])
+    (table,) = case_tables.attention_tables([SLOW, FLASH])
     assert table.title == "Attention, 1 thread"
 
 
@@ -139,19 +140,19 @@ def test_a_model_that_was_not_run_misses_its_floor() -> None:
     table = tables.model_table([MODEL, FUSED, absent])
     assert table.title == "The main job: 1 of 2 floors met"
     shown = dict(zip(table.columns, table.rows[2], strict=True))
-    assert shown["stock's time / ours"] == tables.Cell(f"{tables.NONE} MISSED", "bad")
-    assert (shown["tokens/s"].text, shown["threads"].text) == ("NOT RUN", tables.NONE)
+    assert shown["stock's time / ours"] == Cell(f"{NONE} MISSED", "bad")
+    assert (shown["tokens/s"].text, shown["threads"].text) == ("NOT RUN", NONE)
 
 
 def test_floors_are_summed_up_by_what_they_are_for() -> None:
     native = replace(SLOW, backend="cpu", level="avx2", floor=2.0)
     sweep = [replace(native, length=n, ratio=ratio, threads=t) for n, ratio in ((8, 1.5), (16, 2.5)) for t in (1, 2)]
     small = replace(native, floor=0.8, length=1, ratio=0.9)
-    table = tables.floors_table([FLASH, *sweep, small, SLOW])
+    table = case_tables.floors_table([FLASH, *sweep, small, SLOW])
     assert table.columns == ("what", "lengths", "at least", "1 thread", "2 threads")
     assert [cell.text for cell in table.rows[0]] == [SLOW.family, "8 16", "2x", *["1.50 2.50 (1 MISSED)"] * 2]
     assert table.rows[0][3].tone == "bad"
-    assert table.rows[1][2:4] == [tables.Cell("0.8x"), tables.Cell("0.90", "good")]
+    assert table.rows[1][2:4] == [Cell("0.8x"), Cell("0.90", "good")]
     assert "level here: avx2" in table.note
 
 
@@ -207,7 +208,7 @@ def test_the_terminal_shows_every_cell(fancy: bool, capsys: Any) -> None:
 
 
 def test_plain_text_marks_what_is_bad() -> None:
-    (table,) = tables.attention_tables([SLOW, FLASH])
+    (table,) = case_tables.attention_tables([SLOW, FLASH])
     assert "0.50x slower <--" in terminal.plain(table)
 
 
@@ -220,15 +221,15 @@ def test_the_machine_is_described() -> None:
 
 
 def test_verdict_needs_a_difference_beyond_the_scatter() -> None:
-    def verdict(ours: float, other: float, scatter: float) -> str:
+    def outcome(ours: float, other: float, scatter: float) -> str:
         timings = (Timing(median, median - scatter, median + scatter, 9) for median in (ours, other))
-        return tables.verdict(other / ours, *timings)
+        return verdict(other / ours, *timings)
 
-    assert verdict(1.0, 1.5, 0.01) == "faster"
-    assert verdict(1.5, 1.0, 0.01) == "slower"
-    assert verdict(1.05, 1.0, 0.1) == "even"
-    assert verdict(1.05, 1.0, 0.001) == "slower"
-    assert verdict(2.0, 1.0, 1.5) == "slower"
+    assert outcome(1.0, 1.5, 0.01) == "faster"
+    assert outcome(1.5, 1.0, 0.01) == "slower"
+    assert outcome(1.05, 1.0, 0.1) == "even"
+    assert outcome(1.05, 1.0, 0.001) == "slower"
+    assert outcome(2.0, 1.0, 1.5) == "slower"
 
 
 # The commands
