@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 RUN_SEED = pytest.StashKey[int]()
+WEIGHED = "WEIGHED ON MORE DRAWS"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +67,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     try:
         pyfuncitem.obj(**given)
     except ContractViolation as violation:
+        pyfuncitem.user_properties.append((WEIGHED, f"of {violation.count} numbers, {violation}"))
         draws = Draws()
         for draw in range(violation.draws):
             torch.manual_seed(given["seed"] + draw)
@@ -81,6 +83,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed:
         report.sections.append(("random inputs", f"--seed {item.config.stash[RUN_SEED]}"))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says what was judged on more than one draw: a kernel that needs that often is to be looked at."""
+    for report in terminalreporter.getreports("passed"):
+        for name, violation in report.user_properties:
+            if name == WEIGHED and report.when == "call":
+                terminalreporter.write_line(f"{WEIGHED} {report.nodeid}: {violation}")
 
 
 @pytest.fixture(autouse=True)

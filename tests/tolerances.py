@@ -41,6 +41,7 @@ class ContractViolation(AssertionError):
 
     def __init__(self, message: str, count: int) -> None:
         super().__init__(message)
+        self.count = count
         self.draws = max(DRAWS, -(-NUMBERS // count))  # to be weighed with
 
 
