@@ -1,5 +1,5 @@
-"""Makes the interpreter round a product as a GPU does: the same in every tile that computes it; and runs a test on the
-instruction set level that it is marked with."""
+"""Makes the interpreter round a product as a GPU does: the same in every tile that computes it; runs a test on the
+instruction set level that it is marked with; and notes what is launched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from fusedformer.kernels.common import native
 from fusedformer.kernels.common.device import TRITON_INSTALLED, TRITON_INTERPRETED
@@ -45,3 +46,19 @@ def _level(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with native.use_level(*mark.args):
         yield
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every step of ``common/triton_launch.py`` that runs, in order."""
+    from fusedformer.kernels.common.triton_launch import Launch, LibraryProduct
+
+    steps: list[Launch | LibraryProduct] = []
+    for kind in (Launch, LibraryProduct):
+
+        def run(step: Any, device: torch.device, original: Any = kind.run) -> None:
+            steps.append(step)
+            original(step, device)
+
+        monkeypatch.setattr(kind, "run", run)
+    return steps

@@ -60,20 +60,6 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Any:
     return use
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch | LibraryProduct]:
-    """Every step that runs, in order."""
-    steps: list[Launch | LibraryProduct] = []
-    for kind in (Launch, LibraryProduct):
-
-        def run(step: Any, device: torch.device, original: Any = kind.run) -> None:
-            steps.append(step)
-            original(step, device)
-
-        monkeypatch.setattr(kind, "run", run)
-    return steps
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [ODD, GATED, TINY], ids=str)
 @pytest.mark.parametrize("tile", TILES)

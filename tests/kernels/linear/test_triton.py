@@ -20,7 +20,7 @@ from tests.lanes import interpreted
 from tests.tolerances import assert_equal_bits, assert_within_contract
 
 if TRITON_INSTALLED:
-    from fusedformer.kernels.common.triton_launch import Launch, LibraryProduct
+    from fusedformer.kernels.common.triton_launch import Launch
     from fusedformer.kernels.linear import triton_launch
 
 pytestmark = interpreted
@@ -47,20 +47,6 @@ def use_tile(monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(module, "pick_tile", lambda kernel, problem, arch=None: tile)
 
     return use
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch | LibraryProduct]:
-    """Every step that runs, in order."""
-    steps: list[Launch | LibraryProduct] = []
-    for kind in (Launch, LibraryProduct):
-
-        def run(step: Any, device: torch.device, original: Any = kind.run) -> None:
-            steps.append(step)
-            original(step, device)
-
-        monkeypatch.setattr(kind, "run", run)
-    return steps
 
 
 def guarded(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
