@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..common import native, philox
 from ..common.checks import FLOATING, dtype_name
-from ..common.library import empty_in_order_of, gradient_like
-from .problem import AttentionProblem
+from ..common.library import gradient_like
+from .problem import AttentionProblem, empty_results, empty_weights, gradient_of_sinks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHUNK, BLOCK_K = 512, 64  # BACKWARD_CHUNK and BACKWARD_BLOCK_K in csrc/cpu/problem.h
@@ -55,10 +55,7 @@ def notes(problem: AttentionProblem) -> list[str]:
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, lse, lse_residual)``."""
     p = problem
-    batch, heads, len_q, _ = p.query.shape
-    out = empty_in_order_of(p.query, (batch, heads, len_q, p.value.size(3)))
-    lse = p.query.new_empty((batch, heads, len_q), dtype=torch.float32)
-    lse_residual = torch.empty_like(lse)
+    out, lse, lse_residual = empty_results(p.query, p.value)
     if out.numel() > 0:
         torch.ops.fusedformer_native.attention_forward_cpu(*_arguments(p), p.return_lse, out, lse, lse_residual)
     return out, lse, lse_residual
@@ -99,20 +96,14 @@ def backward(
         delta,
         partial,
     )
-    grad_sinks = None
-    if wants_sinks and p.sinks is not None:
-        # A sink's weight is exp(sink - lse) and its value 0; a row that is empty in spite of it has weight 0.
-        weight = torch.exp(p.sinks.float()[:, :, None] - lse.masked_fill(lse == float("-inf"), float("inf")))
-        grad_sinks = -(weight * delta).sum(dim=2).to(p.sinks.dtype)
+    grad_sinks = gradient_of_sinks(p.sinks, lse, delta) if wants_sinks and p.sinks is not None else None
     return (*grads, grad_sinks)
 
 
 def weights(lse: Tensor, problem: AttentionProblem, average_heads: bool) -> Tensor:
     """(B, L, S) averaged over the heads, or (B, H, L, S)."""
     p = problem
-    batch, heads, len_q, _ = p.query.shape
-    shape = (batch, len_q, p.key.size(2)) if average_heads else (batch, heads, len_q, p.key.size(2))
-    result = p.query.new_empty(shape)
+    result = empty_weights(p.query, p.key, average_heads)
     if p.query.numel() == 0:
         return result.zero_()
     if result.numel() > 0:

@@ -18,7 +18,6 @@ from ..common.library import (
     LIBRARY,
     apply_function,
     distinct,
-    empty_in_order_of,
     gradient_like,
     is_transformed,
     is_watched,
@@ -26,7 +25,7 @@ from ..common.library import (
 )
 from ..common.vmap import one_by_one
 from . import reference
-from .problem import AttentionProblem
+from .problem import AttentionProblem, empty_results, empty_weights
 from .vmap import batch_of, fold_inputs, fold_tensors, unfold
 
 _INPUTS = (
@@ -77,11 +76,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if arguments[-1] == "torch":
         return _forward(*arguments)  # torch's operators, which have fakes of their own
-    query, _, value = arguments[:3]
-    batch, heads, len_q, _ = query.shape
-    out = empty_in_order_of(query, (batch, heads, len_q, value.size(3)))
-    lse = query.new_empty((batch, heads, len_q), dtype=torch.float32)
-    return out, lse, torch.empty_like(lse)
+    return empty_results(arguments[0], arguments[2])
 
 
 def _backward(
@@ -114,10 +109,7 @@ def _weights(lse: Tensor, *arguments: Any) -> Tensor:
 
 
 def _weights_fake(lse: Tensor, *arguments: Any) -> Tensor:
-    query, key, average_heads = arguments[0], arguments[1], arguments[-1]
-    batch, heads, len_q, _ = query.shape
-    heads_out = () if average_heads else (heads,)
-    return query.new_empty((batch, *heads_out, len_q, key.size(2)))  # type: ignore[no-any-return]
+    return empty_weights(arguments[0], arguments[1], arguments[-1])
 
 
 forward_op = register("attention_forward", _forward, _forward_fake)

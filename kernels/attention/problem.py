@@ -17,6 +17,7 @@ from ..common.checks import (
     check_tensor,
     dtype_name,
 )
+from ..common.library import empty_in_order_of
 from ..common.precision import check_precision
 
 MAX_HEAD_DIM = 256
@@ -234,3 +235,25 @@ def per_head(name: str, x: Tensor | None, query: Tensor) -> Tensor | None:
             return x.expand(batch, heads)
     check_shape(name, x, (heads,), "(H,)")
     return x.expand(batch, heads)
+
+
+def empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised ``(out, lse, lse_residual)``, the output in memory as the query is."""
+    out = empty_in_order_of(query, (*query.shape[:3], value.size(3)))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return out, lse, torch.empty_like(lse)
+
+
+def empty_weights(query: Tensor, key: Tensor, average_heads: bool) -> Tensor:
+    """Uninitialised (B, L, S), or (B, H, L, S) where the heads are not averaged."""
+    batch, heads, len_q, _ = query.shape
+    return query.new_empty((batch, *(() if average_heads else (heads,)), len_q, key.size(2)))
+
+
+def gradient_of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """(B, H) from the log-sum-exp and what the softmax's gradient subtracts, (B, H, L) both.
+
+    A sink's weight is exp(sink - lse) and its value 0; a row that is empty in spite of it has weight 0.
+    """
+    weight = torch.exp(sinks.float()[:, :, None] - lse.masked_fill(lse == float("-inf"), float("inf")))
+    return -(weight * delta).sum(dim=2).to(sinks.dtype)

@@ -9,10 +9,10 @@ import triton
 from torch import Tensor
 
 from ..common.device import architecture
-from ..common.library import empty_in_order_of, gradient_like
+from ..common.library import gradient_like
 from ..common.triton_launch import Launch
 from .config import Tile, pick_config
-from .problem import AttentionProblem
+from .problem import AttentionProblem, empty_results, empty_weights, gradient_of_sinks
 from .triton_arguments import broadcast_strides, extras, problem_arguments, strides
 from .triton_backward import (
     attention_backward_delta_kernel,
@@ -107,10 +107,7 @@ def weights_launch(problem: AttentionProblem, lse: Tensor, weights: Tensor, aver
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, lse, lse_residual)``."""
     p = problem
-    batch, heads, len_q, _ = p.query.shape
-    out = empty_in_order_of(p.query, (batch, heads, len_q, p.value.size(3)))
-    lse = p.query.new_empty((batch, heads, len_q), dtype=torch.float32)
-    lse_residual = torch.empty_like(lse)
+    out, lse, lse_residual = empty_results(p.query, p.value)
     forward_launch(p, out, lse, lse_residual, architecture(p.query.device)).run(p.query.device)
     return out, lse, lse_residual
 
@@ -143,11 +140,7 @@ def backward(
     arch = architecture(p.query.device)
     for launch in backward_launches(p, grad_out, grad_lse, out, lse, lse_residual, delta, grads, arch):
         launch.run(p.query.device)
-    grad_sinks = None
-    if wants_sinks and p.sinks is not None:
-        # A sink's weight is exp(sink - lse) and its value 0; a row that is empty in spite of it has weight 0.
-        weight = torch.exp(p.sinks.float()[:, :, None] - lse.masked_fill(lse == float("-inf"), float("inf")))
-        grad_sinks = -(weight * delta).sum(dim=2).to(p.sinks.dtype)
+    grad_sinks = gradient_of_sinks(p.sinks, lse, delta) if wants_sinks and p.sinks is not None else None
     kept = (grad if wanted else None for grad, wanted in zip(grads, output_mask[:5], strict=True))
     return (*kept, grad_sinks)
 
@@ -155,9 +148,7 @@ def backward(
 def weights(lse: Tensor, problem: AttentionProblem, average_heads: bool) -> Tensor:
     """(B, L, S) averaged over the heads, or (B, H, L, S)."""
     p = problem
-    batch, heads, len_q, _ = p.query.shape
-    shape = (batch, len_q, p.key.size(2)) if average_heads else (batch, heads, len_q, p.key.size(2))
-    result = p.query.new_empty(shape)
+    result = empty_weights(p.query, p.key, average_heads)
     launch = weights_launch(p, lse.float().contiguous(), result, average_heads, architecture(p.query.device))
     launch.run(p.query.device)
     return result
