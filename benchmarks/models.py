@@ -10,11 +10,12 @@ from fusedformer.kernels.common.backend import record_decisions
 from .ceilings import NATIVE, Ceilings, native_level
 from .gate import judge
 from .memory import peak_bytes
-from .model_cases import ModelCase, Prepared
+from .model_cases import ModelCase
 from .options import Options
 from .peers import failures
 from .rows import OURS, TransformerRow
 from .timing import Subject, measure, paired_ratio, stopwatch_for, summary, threads_set_to
+from .workloads import Prepared
 
 ROUNDS = 10  # times the budget of a small case
 
@@ -22,7 +23,7 @@ ROUNDS = 10  # times the budget of a small case
 def transformer_rows(case: ModelCase, options: Options, ceilings: Sequence[Ceilings]) -> list[TransformerRow]:
     """One row for each peer and number of threads. Ours, if it is wrong, is not timed."""
     rows = [_row(case, peer) for peer in case.workload.peers]
-    chosen = ceilings if options.full or case.floor else ceilings[-1:]
+    chosen = ceilings if options.full or case.asks_for_something else ceilings[-1:]
     reason = case.workload.missing()
     seconds = 0.0 if reason else case.seconds(options.device_type)
     if seconds > options.patience_for_transformer:

@@ -142,11 +142,11 @@ class TransformerRow(CaseRow):
 
     @property
     def met(self) -> bool | None:
-        """As in CaseRow, and little memory is taken."""
-        met = super().met
-        if self.peak_most is None or not self.is_ours:
-            return met
-        return self.takes_little and met is not False
+        """Whether ours reaches all that the case asks for; None where that is nothing."""
+        if not self.is_ours or (self.floor is self.read_floor is self.peak_most is None):
+            return None
+        is_fast = self.floor is None or reaches(self.ratio, self.floor, self.level)
+        return is_fast and self.reads_enough and self.takes_little
 
 
 @dataclass(frozen=True)

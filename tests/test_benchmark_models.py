@@ -28,15 +28,31 @@ def test_cases_are_distinct_and_selected_by_name() -> None:
         assert len({case.name for case in everything}) == len(everything) > 1
     assert [case.name for case in selected(Options("cpu", quick=True, pattern="encoder"))] == [TINY.name]
     floors = selected(Options("cpu", floors=True))
-    assert all(case.floor is not None or case.peak_most is not None for case in floors)
+    assert floors
+    assert all(case.asks_for_something for case in floors)
 
 
 def test_every_floor_stands() -> None:
     stated = {case.name: (case.floor, case.read_floor, case.peak_most) for case in MODELS if "cpu" in case.devices}
-    for kind in ("encoder", "decoder"):
-        for dtype in ("fp32", "bf16"):
-            assert stated[f"{kind}_layer-training_step-B8-L256-d512-{dtype}"] == (1.5, None, None)
-        assert stated[f"{kind}_layer-training_step-B8-L512-d512-fp32"] == (None, None, 0.6)
+    expected: dict[str, tuple[float | None, ...]] = {
+        f"{kind}_layer-training_step-B8-L{length}-d512-{dtype}": floors
+        for kind in ("encoder", "decoder")
+        for length, dtype, floors in (
+            (256, "fp32", (1.5, None, None)),
+            (256, "bf16", (1.5, None, None)),
+            (512, "fp32", (None, None, 0.6)),
+        )
+    }
+    expected |= {
+        "seq2seq_base-training_step-B8-L128+128-bf16": (1.3, None, None),
+        "seq2seq_base-decoding_step-B1-cached128-bf16": (None, 0.7, None),
+    }
+    for dtype in ("fp32", "bf16"):
+        for batch in (1, 16):
+            expected[f"gpt2_ours-generation-B{batch}-16+64-{dtype}"] = (1.3, None, None)
+        for variant, floor in (("ours", 1.5), ("fused", 1.15)):
+            expected[f"smollm2_{variant}-generation-B1-256+128-{dtype}"] = (floor, None, None)
+    assert {name: floors for name, floors in stated.items() if floors != (None, None, None)} == expected
 
 
 @pytest.mark.parametrize("case", MINIATURES, ids=lambda case: case.name)
@@ -46,8 +62,10 @@ def test_a_right_result_is_timed_next_to_its_stock_equal(case: ModelCase) -> Non
     ours = rows[0]
     assert {row.status for row in rows} == {"ok"}, ours.reason
     assert ours.within_contract
-    assert ours.ratio is not None
-    assert ours.best_peer == case.workload.peers[1]
+    assert ours.timing is not None
+    if len(rows) > 1:
+        assert ours.ratio is not None
+        assert ours.best_peer == case.workload.peers[1]
     assert (ours.peak_share is None) == (case.peak_most is None)
     (table,) = case_tables.transformer_tables(rows)
     assert len(table.rows) == 1
@@ -56,7 +74,7 @@ def test_a_right_result_is_timed_next_to_its_stock_equal(case: ModelCase) -> Non
 
 @pytest.mark.parametrize("wrong", [lambda x: x * 1.01, lambda x: x * float("nan")])
 def test_a_wrong_result_is_not_timed(wrong: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(nn.TransformerEncoderLayer):  # type: ignore[misc]
+    class Wrong(nn.TransformerEncoderLayer):
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             return wrong(super().forward(*args, **kwargs))
 
