@@ -1,9 +1,10 @@
 """Every Triton kernel compiled for GPUs that are not there, with the arguments that its own launcher would pass.
 
 A :class:`Combination` names a kernel, an architecture, a precision and a problem, here of attention, in
-``ahead_of_time_gemm.py`` of the operations around a matrix product; ``compile_all`` turns each into a
-:class:`Compiled`, which ``violations`` holds against the rules. ``python -m benchmarks inspect`` prints them, the test
-suite compiles the covering ones. Compilation needs processes in which Triton does not interpret, so it has its own.
+``ahead_of_time_decode.py`` of attention over a cache, in ``ahead_of_time_gemm.py`` of the operations around a matrix
+product; ``compile_all`` turns each into a :class:`Compiled`, which ``violations`` holds against the rules.
+``python -m benchmarks inspect`` prints them, the test suite compiles the covering ones. Compilation needs processes in
+which Triton does not interpret, so it has its own.
 """
 
 from __future__ import annotations

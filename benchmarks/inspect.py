@@ -12,12 +12,13 @@ from itertools import chain, groupby
 from pathlib import Path
 
 from . import ahead_of_time as attention
+from . import ahead_of_time_decode as decode
 from . import ahead_of_time_gemm as gemm
 from .ahead_of_time import ARCHITECTURES, DTYPES, SPILLS, Compiled, allowed_spills, compile_all, violations
 from .cells import NONE, Cell, Table
 from .terminal import Terminal
 
-KERNELS = (*attention.KERNELS, *gemm.KERNELS)
+KERNELS = (*attention.KERNELS, *decode.KERNELS, *gemm.KERNELS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     of_each = (
         operation.covering_combinations() if given.quick else operation.all_combinations()
-        for operation in (attention, gemm)
+        for operation in (attention, decode, gemm)
     )
     combinations = [
         c

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from ..kernels.attention.api import attention, attention_with_weights
 from ..kernels.common.checks import check_tensor, dtype_name
+from ..kernels.linear.api import linear
+
+if TYPE_CHECKING:
+    from .cache import KVCache
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -95,10 +100,62 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = attention(q, k, v, attn_mask, dropout_p, is_causal, key_mask=key_mask)
         # The output is in memory as the query is, so this is a view.
         out = out.permute((2, 0, 1, 3) if length_first else (0, 2, 1, 3)).flatten(2)
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = linear(out, self.out_proj.weight, self.out_proj.bias)
         if is_batched:
             return out, weights
         return out.squeeze(0), None if weights is None else weights.squeeze(0)
+
+    def attend_cached(self, x: Tensor, cache: KVCache, layer: int) -> Tensor:
+        """Self-attention of tokens that follow those in the cache, which takes their keys and values in.
+
+        Args:
+            x: (B, L, embed_dim), whatever ``batch_first`` says.
+            cache: of keys and values.
+            layer: which of its layers.
+
+        Returns:
+            (B, L, embed_dim). Nothing is dropped out.
+        """
+        self._refuse_appended_keys()
+        query, key, value = map(self._by_head, self._project(x, x, x))
+        return self._out(cache.attend(layer, query, key, value))
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values, (B, H, S, head_dim), of what is attended to, (B, S, kdim), for :meth:`attend_memory`."""
+        self._refuse_appended_keys()
+        if not self._qkv_same_embed_dim:
+            raise ValueError(f"kdim: got {self.kdim} and vdim {self.vdim}, expected embed_dim = {self.embed_dim}")
+        size, bias = self.embed_dim, self.in_proj_bias
+        key, value = linear(memory, self.in_proj_weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
+        return self._by_head(key).contiguous(), self._by_head(value).contiguous()
+
+    def attend_memory(self, x: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Attention to keys and values of :meth:`project_memory`.
+
+        Args:
+            x: (B, L, embed_dim), whatever ``batch_first`` says.
+            key, value: (M, H, S, head_dim), M a divisor of B: rows m * B / M and on share row m.
+            key_mask: (M, S) bool, True = takes part.
+
+        Returns:
+            (B, L, embed_dim). Nothing is dropped out.
+        """
+        size, bias = self.embed_dim, self.in_proj_bias
+        query = linear(x, self.in_proj_weight[:size], None if bias is None else bias[:size])
+        shared = query.reshape(key.size(0), -1, size)
+        return self._out(attention(self._by_head(shared), key, value, key_mask=key_mask)).view(x.shape)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(B, L, embed_dim) to (B, H, L, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _out(self, out: Tensor) -> Tensor:
+        """(B, H, L, head_dim) to (B, L, embed_dim)."""
+        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+    def _refuse_appended_keys(self) -> None:
+        if self.bias_k is not None or self.add_zero_attn:
+            raise ValueError("add_bias_kv, add_zero_attn: got keys to append, expected none where keys are cached")
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raises unless query, key and value fit each other and the module."""
@@ -129,17 +186,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Query, key and value times their weights, in as few products as their identities allow."""
         size, bias = self.embed_dim, self.in_proj_bias
         if self._qkv_same_embed_dim and query is key and key is value:
-            return F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            return linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
         if self._qkv_same_embed_dim and key is value:
             weight_q, weight_kv = self.in_proj_weight.split([size, 2 * size])
             bias_q, bias_kv = (None, None) if bias is None else bias.split([size, 2 * size])
-            return F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).chunk(2, dim=-1)
+            return linear(query, weight_q, bias_q), *linear(key, weight_kv, bias_kv).chunk(2, dim=-1)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+        return [linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
     def _append_keys(
         self, k: Tensor, v: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None

@@ -11,6 +11,21 @@ import torch
 from torch import Tensor
 
 from .attention import MultiheadAttention
+from .decoder import TransformerDecoder, TransformerDecoderLayer
+from .encoder import TransformerEncoder, TransformerEncoderLayer
+
+# torch's classes, and ours with the same attributes, so that changing an instance's class is all it takes.
+FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.MultiheadAttention: MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    torch.nn.TransformerEncoder: TransformerEncoder,
+    torch.nn.TransformerDecoder: TransformerDecoder,
+}
+STOCK: tuple[type[torch.nn.Module], ...] = tuple(FUSED)
+OURS: tuple[type[torch.nn.Module], ...] = tuple(FUSED.values())
+# What changes besides the speed.
+NOTED = {TransformerEncoder: "; padding rows are not 0 in eval mode"}
 
 # What a changed module was before, kept on the module itself: its attributes, and a Hugging Face model's attention.
 _BEFORE, _HUGGINGFACE = "_fusedformer_before", "attention implementation"
@@ -58,7 +73,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "nothing to fuse: no torch.nn.MultiheadAttention in the model, and it is no Hugging Face model"
+            return "nothing to fuse: none of torch.nn's attentions, encoders and decoders, and no Hugging Face model"
         rows = [("module", "class", "", "")]
         rows += [(entry.module or "(the model)", entry.kind, entry.action, entry.detail) for entry in self.entries]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -72,9 +87,9 @@ class Report:
 def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) -> Report:
     """Swaps the model's layers for ours, in place; :func:`unfuse` undoes it. Calling it again changes nothing.
 
-    A ``torch.nn.MultiheadAttention`` becomes ``fusedformer.nn.MultiheadAttention`` by its class alone: the module, its
-    parameters, ``requires_grad`` and hooks stay the objects they are. torch's encoder containers are set to call it,
-    rather than their inference path around it. A Hugging Face model gets the attention implementation "fusedformer" in
+    torch's attention, encoder and decoder layers and their stacks become those of ``fusedformer.nn`` by their class
+    alone: the module, its parameters, ``requires_grad`` and hooks stay the objects they are. A subclass is left as it
+    is, what is in it is not. A Hugging Face model gets the attention implementation "fusedformer" in
     its configuration, which models built from the same configuration object share; layers that are BERT's or copies of
     them run their feed-forward half and residual connections on fused kernels too.
 
@@ -121,8 +136,8 @@ def unfuse(model: torch.nn.Module) -> None:
 
 def _swap(model: torch.nn.Module) -> Iterator[Entry]:
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.MultiheadAttention):
-            yield _swap_attention(name, module)
+        if isinstance(module, STOCK):
+            yield _swap_class(name, module)
     for name, module in model.named_modules():
         yield from _set_container(name, module)
     # A Hugging Face model can only be there if transformers was imported before us.
@@ -130,27 +145,32 @@ def _swap(model: torch.nn.Module) -> Iterator[Entry]:
         yield from _swap_huggingface(model)
 
 
-def _swap_attention(name: str, module: torch.nn.MultiheadAttention) -> Entry:
-    kind = type(module).__name__
-    if isinstance(module, MultiheadAttention):
+def _swap_class(name: str, module: torch.nn.Module) -> Entry:
+    of, kind = type(module), type(module).__name__
+    if issubclass(of, OURS):
         return Entry(name, kind, LEFT, "it is fusedformer's already")
-    if type(module) is not torch.nn.MultiheadAttention:
+    fused = FUSED.get(of)
+    if fused is None:
         return Entry(name, kind, LEFT, f"a subclass, {type(module).__module__}.{kind}, may compute something else")
     if "forward" in module.__dict__:
         return Entry(name, kind, LEFT, "a forward of its own was set on it")
-    _change(module, "__class__", MultiheadAttention)
-    return Entry(name, kind, SWAPPED, "runs fusedformer.nn.MultiheadAttention")
+    _change(module, "__class__", fused)
+    if fused is TransformerEncoderLayer:  # as it is built: torch's container reads it and would make nested tensors
+        _change(module, "activation_relu_or_gelu", 0)
+    return Entry(name, kind, SWAPPED, f"runs fusedformer.nn.{kind}{NOTED.get(fused, '')}")
 
 
 def _set_container(name: str, module: torch.nn.Module) -> Iterator[Entry]:
-    """Turns off the eval paths of torch's containers that go around the attention or hand it nested tensors."""
+    """Turns off the eval paths of what was left that go around a swapped part or hand it nested tensors."""
+    if isinstance(module, OURS):
+        return
     if isinstance(module, torch.nn.TransformerEncoderLayer):
         flag, off, detail = "activation_relu_or_gelu", 0, "calls its attention in eval mode too"
     elif isinstance(module, torch.nn.TransformerEncoder):
         flag, off, detail = "use_nested_tensor", False, "hands on the padding mask; padding rows are not 0 in eval mode"
     else:
         return
-    if getattr(module, flag, off) and any(isinstance(part, MultiheadAttention) for part in module.modules()):
+    if getattr(module, flag, off) and any(isinstance(part, OURS) for part in module.modules()):
         _change(module, flag, off)
         yield Entry(name, type(module).__name__, SET, detail)
 

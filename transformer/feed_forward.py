@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.common.activations import check_activation
 from ..kernels.common.checks import check_probability
 from ..kernels.feed_forward.api import feed_forward
+from .frozen import freeze, unfreeze
 
 # Shazeer's names for what gates; each is the activation of the gate.
 GATED_ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
@@ -98,6 +99,18 @@ class FeedForward(torch.nn.Module):
             residual_dropout_p=self.residual_dropout if self.training and residual is not None else 0.0,
             recompute=self.recompute,
         )
+
+    def freeze(self) -> int:
+        """Keeps packed copies of the weights as they are now, on the promise that they stay so until :meth:`unfreeze`.
+
+        Only calls without gradients read them. Returns their bytes: 0 where kernels gain nothing by it, see
+        :mod:`fusedformer.transformer.frozen`.
+        """
+        return freeze(self)
+
+    def unfreeze(self) -> None:
+        """Drops what :meth:`freeze` keeps."""
+        unfreeze(self)
 
     def extra_repr(self) -> str:
         name = self.activation if isinstance(self.activation, str) else repr(self.activation)

@@ -2,8 +2,6 @@
 // only caller, so the checks are its.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-
 #include "gemm_problem.h"
 #include "gemm_tensors.h"
 #include "level.h"
@@ -67,41 +65,28 @@ void backward(Tensor grad_out, MaybeTensor pre_activation, MaybeTensor pre_gate,
 // No dropout, no gradient, as few checks as a small call can bear: no result wherever there is more to it, or a
 // mistake, which the long way names.
 MaybeTensor plain(Tensor input, Tensor weight1, Tensor weight2, MaybeTensor bias1, MaybeTensor bias2,
-                  MaybeTensor gate_weight, MaybeTensor gate_bias, MaybeTensor residual, int64_t activation) {
-    constexpr int64_t MAX_DIMS = 8;
-    const int64_t dims = input.dim();
-    if (dims < 1 || dims > MAX_DIMS || !is_computed(input) || input.numel() == 0 || !input.is_contiguous()) return {};
-    const auto dtype = input.scalar_type();
-    auto fits = [&](const Tensor& x, int64_t rows, int64_t columns) {
-        return x.dim() == 2 && x.scalar_type() == dtype && x.size(0) == rows && x.size(1) == columns &&
-               x.stride(1) == 1 && rows > 0 && columns > 0;
-    };
-    auto lacks = [&](const MaybeTensor& x, int64_t size) {
-        return x && (x->dim() != 1 || x->scalar_type() != dtype || x->size(0) != size || x->stride(0) != 1);
-    };
-    if (weight1.dim() != 2 || weight2.dim() != 2) return {};
-    const int64_t d_in = input.size(dims - 1), d_ff = weight1.size(0), d_out = weight2.size(0);
-    if (!fits(weight1, d_ff, d_in) || !fits(weight2, d_out, d_ff) || (gate_weight && !fits(*gate_weight, d_ff, d_in)))
+                  MaybeTensor gate_weight, MaybeTensor gate_bias, MaybeTensor residual, int64_t activation,
+                  MaybeTensor packed1, MaybeTensor packed2, MaybeTensor packed_gate) {
+    if (!are_rows(input) || weight1.dim() != 2 || weight2.dim() != 2) return {};
+    const int64_t d_in = input.size(input.dim() - 1), d_ff = weight1.size(0), d_out = weight2.size(0);
+    if (!is_matrix(weight1, input, d_ff, d_in) || !is_matrix(weight2, input, d_out, d_ff)) return {};
+    if (gate_weight ? !is_matrix(*gate_weight, input, d_ff, d_in) : gate_bias.has_value()) return {};
+    if (!is_vector_or_none(bias1, input, d_ff) || !is_vector_or_none(bias2, input, d_out) ||
+        !is_vector_or_none(gate_bias, input, d_ff))
         return {};
-    if (lacks(bias1, d_ff) || lacks(bias2, d_out) || lacks(gate_bias, d_ff) || (gate_bias && !gate_weight)) return {};
-    std::array<int64_t, MAX_DIMS> sizes, strides;
-    int64_t stride = 1;
-    for (int64_t i = dims - 1; i >= 0; stride *= sizes[i--])
-        sizes[i] = i == dims - 1 ? d_out : input.size(i), strides[i] = stride;
-    if (residual) {
-        if (residual->dim() != dims || residual->scalar_type() != dtype || !residual->is_contiguous()) return {};
-        for (int64_t i = 0; i < dims; i++)
-            if (residual->size(i) != sizes[i]) return {};
-    }
-    Tensor out = new_tensor(input, dims, sizes.data(), strides.data());
+    Tensor out = new_rows(input, d_out);
+    if (!is_like_or_none(residual, out)) return {};
     FeedForwardProblem p;
     p.tokens = input.numel() / d_in, p.d_in = d_in, p.d_ff = d_ff, p.d_out = d_out, p.type = type_of(input);
-    p.input = {input.data_ptr(), d_in}, p.weight1 = matrix(weight1), p.weight2 = matrix(weight2);
+    p.input = row_matrix(input), p.weight1 = matrix(weight1), p.weight2 = matrix(weight2);
     p.gate_weight = matrix(gate_weight);
     if (residual) p.residual = {residual->data_ptr(), d_out};
     p.bias1 = pointer(bias1), p.bias2 = pointer(bias2), p.gate_bias = pointer(gate_bias);
     p.activation = static_cast<Activation>(activation);
-    chosen_kernels().feed_forward_forward(p, {{out.data_ptr(), d_out}, {}, {}}, runtime());
+    const Kernels& kernels = chosen_kernels();
+    p.packed1 = packed_for(packed1, weight1, kernels), p.packed2 = packed_for(packed2, weight2, kernels);
+    if (gate_weight) p.packed_gate = packed_for(packed_gate, *gate_weight, kernels);
+    kernels.feed_forward_forward(p, {{out.data_ptr(), d_out}, {}, {}}, runtime());
     return out;
 }
 
@@ -132,7 +117,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
           "Tensor(i!)? sums2, Tensor(j!)? gate_sums) -> ()");
     m.def(
         "feed_forward_plain_cpu(Tensor input, Tensor weight1, Tensor weight2, Tensor? bias1, Tensor? bias2, "
-        "Tensor? gate_weight, Tensor? gate_bias, Tensor? residual, int activation) -> Tensor?");
+        "Tensor? gate_weight, Tensor? gate_bias, Tensor? residual, int activation, Tensor? packed1=None, "
+        "Tensor? packed2=None, Tensor? packed_gate=None) -> Tensor?");
     m.def(
         "feed_forward_memory_cpu(int element_size, int tokens, int d_in, int d_ff, int d_out, bool gated, "
         "bool residual_dropout, bool backward, bool recompute) -> int");

@@ -256,9 +256,12 @@ class FeedForward {
         return p_.is_gated() && (g.grad_input.data || g.grad_gate_weight.data || g.grad_gate_bias);
     }
 
+    static void* kept(void* packed) { return E::KEEPS_WEIGHTS ? packed : nullptr; }
+
     bool first_products(const Epilogue& epilogue, int64_t token, int64_t m) const {
         const Matrix input = rows_from(p_.input, token, SIZE);
-        const Product products[] = {{{input}, {p_.weight1, true}, 0}, {{input}, {p_.gate_weight, true}, 1}};
+        const Product products[] = {{{input}, {p_.weight1, true, false, kept(p_.packed1)}, 0},
+                                    {{input}, {p_.gate_weight, true, false, kept(p_.packed_gate)}, 1}};
         return Gemm<E>::run(products, p_.is_gated() ? 2 : 1, m, p_.d_ff, p_.d_in, epilogue, runtime_);
     }
 
@@ -266,7 +269,7 @@ class FeedForward {
         auto rows = [&](const Matrix& x) { return rows_from(x, token, SIZE); };
         const HiddenRows<S> first(p_, token, hidden_, rows(results.pre_activation), rows(results.pre_gate));
         const OutRows<S> second(p_, token, rows(results.out), rows(p_.residual));
-        const Product product = {{hidden_, false, true}, {p_.weight2, true}};
+        const Product product = {{hidden_, false, true}, {p_.weight2, true, false, kept(p_.packed2)}};
         return first_products(first, token, m) && Gemm<E>::run(&product, 1, m, p_.d_out, p_.d_ff, second, runtime_);
     }
 

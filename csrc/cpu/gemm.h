@@ -24,7 +24,7 @@ class Gemm {
     static bool run(const Product* products, int count, int64_t m, int64_t n, int64_t k, const Epilogue& epilogue,
                     const Runtime& runtime) {
         if (m == 0 || n == 0) return true;
-        if (FewRows<Scalar>::takes(products, count, m)) {
+        if (has_few_rows(products, count, m, k)) {
             FewRows<Scalar>::run(products, count, m, n, k, epilogue, runtime);
             return true;
         }
@@ -36,7 +36,7 @@ class Gemm {
 
     // Bytes of scratch of all threads that `run` takes.
     static int64_t memory(const Product* products, int count, int64_t m, int64_t n, int64_t k, const Runtime& runtime) {
-        if (FewRows<Scalar>::takes(products, count, m)) return FewRows<Scalar>::memory(m, n, k, runtime);
+        if (has_few_rows(products, count, m, k)) return FewRows<Scalar>::memory(m, n, k, runtime);
         const Gemm gemm(products, count, m, n, k, nullptr, runtime);
         Arena measure;
         gemm.lay_out(measure);
@@ -44,7 +44,25 @@ class Gemm {
         return smaller<int64_t>(runtime.threads, tiles) * static_cast<int64_t>(measure.used());
     }
 
+    // A right operand, the transpose of `weight` (n x k), can be packed once for all products that come.
+    static int64_t packed_bytes(int64_t n, int64_t k) {
+        return E::right_size(k, n) * static_cast<int64_t>(sizeof(Packed));
+    }
+
+    // Returns whether E computes what is in `weight`; else what was packed is of no use.
+    static bool pack(void* to, const Matrix& weight, int64_t n, int64_t k, const Runtime& runtime) {
+        const Product product = {{}, {weight, true, false, to}};
+        Gemm gemm(&product, 1, LARGEST, n, k, nullptr, runtime);
+        auto body = [](int64_t task, void* self) { static_cast<Gemm*>(self)->pack_columns(task * SMALLEST); };
+        runtime.parallel((n + SMALLEST - 1) / SMALLEST, body, &gemm);
+        return gemm.exact_;
+    }
+
   private:
+    static bool has_few_rows(const Product* products, int count, int64_t m, int64_t k) {
+        return m <= E::FEW_ROWS && FewRows<Scalar>::takes(products, count, m, k);
+    }
+
     const Product* products_;
     int count_, results_ = 1;
     int64_t m_, n_, k_;
@@ -75,7 +93,7 @@ class Gemm {
     }
 
     struct Scratch {
-        Packed *left, *right[MOST_PRODUCTS];
+        Packed *left, *right[MOST_PRODUCTS];  // null where packed before
         float* sums[MOST_PRODUCTS];
     };
 
@@ -86,7 +104,8 @@ class Gemm {
         s.left = arena.take<Packed>(E::left_size(E::BLOCK_ROWS, E::BLOCK_DEPTH));
         const int64_t depth = smaller<int64_t>(k_, E::BLOCK_DEPTH);
         const int64_t rows = one_block() ? E::BLOCK_ROWS : round_up(rows_, E::ROW_MULTIPLE);
-        for (int i = 0; i < count_; i++) s.right[i] = arena.take<Packed>(E::right_size(depth, columns_));
+        for (int i = 0; i < count_; i++)
+            if (!products_[i].right.packed) s.right[i] = arena.take<Packed>(E::right_size(depth, columns_));
         for (int i = 0; i < results_; i++) s.sums[i] = arena.take<float>(rows * stride_);
         return s;
     }
@@ -103,28 +122,29 @@ class Gemm {
         int64_t l = 0;
         do {
             const int64_t k = smaller<int64_t>(E::BLOCK_DEPTH, k_ - l);
-            for (int p = 0; p < count_; p++) pack_right(s.right[p], products_[p].right, i, l, k, j, n);
+            const Packed* right[MOST_PRODUCTS];
+            for (int p = 0; p < count_; p++) right[p] = packed_right(s.right[p], products_[p].right, i, l, k, j, n);
             for (int64_t row = 0; row < m; row += E::BLOCK_ROWS) {
                 const int64_t rows = smaller<int64_t>(E::BLOCK_ROWS, m - row);
                 float* sums[MOST_PRODUCTS];
                 for (int r = 0; r < results_; r++) sums[r] = s.sums[r] + (one_block() ? 0 : row * stride_);
-                multiply(s, sums, i + row, rows, j, n, l, k);
+                multiply(s.left, right, sums, i + row, rows, j, n, l, k);
                 if (l + k == k_) epilogue_->finish(sums, stride_, i + row, rows, j, n);
             }
             l += k;
         } while (l < k_);
     }
 
-    void multiply(const Scratch& s, float* const* sums, int64_t i, int64_t m, int64_t j, int64_t n, int64_t l,
-                  int64_t k) {
+    void multiply(Packed* buffer, const Packed* const* right, float* const* sums, int64_t i, int64_t m, int64_t j,
+                  int64_t n, int64_t l, int64_t k) {
         const void* packed = nullptr;
         typename E::Left left;
         bool begun[MOST_PRODUCTS] = {};
         for (int p = 0; p < count_; p++) {
             const Product& product = products_[p];
-            if (p == 0 || product.left.matrix.data != packed) left = pack_left(s.left, product.left, i, m, j, l, k);
+            if (p == 0 || product.left.matrix.data != packed) left = pack_left(buffer, product.left, i, m, j, l, k);
             packed = product.left.matrix.data;
-            E::multiply(sums[product.result], stride_, left, s.right[p], round_up(k, E::DEPTH), m, n, k,
+            E::multiply(sums[product.result], stride_, left, right[p], round_up(k, E::DEPTH), m, n, k,
                         l > 0 || begun[product.result]);
             begun[product.result] = true;
         }
@@ -138,6 +158,26 @@ class Gemm {
         }
         if (j == 0) check(left, i, m, l, k);
         return E::left(at<Scalar>(x, i, l), x.row, m, k, to);
+    }
+
+    // Where a block's columns from j on stand: packed for good, the blocks of the depth follow each other.
+    Packed* packed_at(const Operand& right, int64_t l, int64_t k, int64_t j) const {
+        return static_cast<Packed*>(right.packed) + E::right_size(l, n_) + E::right_size(k, j);
+    }
+
+    const Packed* packed_right(Packed* buffer, const Operand& right, int64_t i, int64_t l, int64_t k, int64_t j,
+                               int64_t n) {
+        if (right.packed) return packed_at(right, l, k, j);
+        pack_right(buffer, right, i, l, k, j, n);
+        return buffer;
+    }
+
+    void pack_columns(int64_t j) {
+        const Operand& right = products_[0].right;
+        for (int64_t l = 0; l < k_; l += E::BLOCK_DEPTH) {
+            const int64_t k = smaller<int64_t>(E::BLOCK_DEPTH, k_ - l);
+            pack_right(packed_at(right, l, k, j), right, 0, l, k, j, smaller(SMALLEST, n_ - j));
+        }
     }
 
     void pack_right(Packed* to, const Operand& right, int64_t i, int64_t l, int64_t k, int64_t j, int64_t n) {

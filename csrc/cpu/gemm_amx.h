@@ -10,6 +10,8 @@ template <class S>
 struct GemmAmx : AmxEngine<S> {
     static constexpr int64_t BLOCK_DEPTH = round_down(1024 / Parts<S>::COUNT, TILE_DEPTH);
     static constexpr int64_t BLOCK_ROWS = 128;
+    static constexpr int64_t FEW_ROWS = 8;
+    static constexpr bool KEEPS_WEIGHTS = true;
     static constexpr bool LOSES_TINY = sizeof(S) == sizeof(float);
 
     static bool has_tiny(const float* row, int64_t columns) { return FF_LEVEL::has_tiny(row, columns); }

@@ -16,7 +16,9 @@ struct GemmFma : FmaEngine<S> {
     static constexpr int64_t BLOCK_DEPTH = 256;  // of a product at a time: a panel stays in the first cache,
     static constexpr int64_t BLOCK_ROWS = 96;    // so many rows in the second
 
-    static constexpr bool LOSES_TINY = false;  // whether numbers below 2^-100 may count as 0
+    static constexpr int64_t FEW_ROWS = 64;       // to so many, products are faster as the weights lie
+    static constexpr bool KEEPS_WEIGHTS = false;  // whether packing for good pays: more rows hide it
+    static constexpr bool LOSES_TINY = false;     // whether numbers below 2^-100 may count as 0
 
     // Panels of ROWS rows, each as long as BLOCK_DEPTH, then room for a vector.
     static constexpr int64_t LEFT_PANEL = ROWS * BLOCK_DEPTH + WIDTH;

@@ -18,20 +18,23 @@ template <class S>
 using GemmEngine = GemmFma<S>;
 #endif
 
+template <class Body>
+auto with_first_engine(Type type, const Body& body) {
+    switch (type) {
+        case Type::float16:
+            return body(GemmEngine<Float16>{});
+        case Type::bfloat16:
+            return body(GemmEngine<BFloat16>{});
+        default:
+            return body(GemmEngine<float>{});
+    }
+}
+
 // `body` with the engine for numbers of this type; again with another where it finds that the first does not compute
 // what is in the tensors.
 template <class Body>
 void with_engine(Type type, const Body& body) {
-    switch (type) {
-        case Type::float16:
-            body(GemmEngine<Float16>{});
-            return;
-        case Type::bfloat16:
-            body(GemmEngine<BFloat16>{});
-            return;
-        default:
-            if (!body(GemmEngine<float>{})) body(GemmFma<float>{});
-    }
+    if (!with_first_engine(type, body) && type == Type::float32) body(GemmFma<float>{});
 }
 
 inline void linear_forward(const LinearProblem& p, const Matrix& out, const Runtime& runtime) {
@@ -40,6 +43,16 @@ inline void linear_forward(const LinearProblem& p, const Matrix& out, const Runt
 
 inline void linear_backward(const LinearProblem& p, const LinearGradients& g, const Runtime& runtime) {
     with_engine(p.type, [&]<class E>(E) { return Linear<E>::backward(p, g, runtime); });
+}
+
+inline int64_t packed_bytes(Type type, int64_t rows, int64_t columns) {
+    return with_first_engine(
+        type, [&]<class E>(E) -> int64_t { return E::KEEPS_WEIGHTS ? Gemm<E>::packed_bytes(rows, columns) : 0; });
+}
+
+inline bool pack_weight(Type type, const Matrix& weight, int64_t rows, int64_t columns, void* to,
+                        const Runtime& runtime) {
+    return with_first_engine(type, [&]<class E>(E) { return Gemm<E>::pack(to, weight, rows, columns, runtime); });
 }
 
 inline void feed_forward_forward(const FeedForwardProblem& p, const FeedForwardResults& results,

@@ -19,6 +19,7 @@ struct LinearProblem {
     Type type;  // of all tensors
     Matrix input, weight;
     const void* bias = nullptr;
+    void* packed_weight = nullptr;  // as Kernels::pack_weight left it
 };
 
 struct LinearGradients {  // null data where not wanted
@@ -31,6 +32,8 @@ struct FeedForwardProblem {
     Type type;  // of all tensors
     Matrix input, weight1, weight2, gate_weight, residual;
     const void *bias1 = nullptr, *bias2 = nullptr, *gate_bias = nullptr;
+    void *packed1 = nullptr, *packed2 = nullptr,
+         *packed_gate = nullptr;  // the weights, as Kernels::pack_weight left them
     Activation activation;
     uint32_t seed[2] = {0, 0};
     uint32_t dropout_threshold = 0, residual_dropout_threshold = 0;

@@ -19,6 +19,7 @@ struct Operand {
     Matrix matrix;
     bool transposed = false;  // whether the operand is the matrix's transpose
     bool computed = false;    // on the way, not given by the caller
+    void* packed = nullptr;   // a transposed right operand as Gemm::pack left it; null where it did not
 };
 
 struct Product {
@@ -35,10 +36,11 @@ struct Epilogue {
 template <class S>
 class FewRows {
   public:
-    static constexpr int64_t MOST = 8;
+    static constexpr int64_t MOST = 64;
 
-    static bool takes(const Product* products, int count, int64_t m) {
-        bool all = m <= MOST;
+    static bool takes(const Product* products, int count, int64_t m, int64_t k) {
+        constexpr int64_t SMALL = 8, LARGEST = 1 << 17;  // rows that are never too long, numbers that stay in cache
+        bool all = m <= SMALL || (m <= MOST && m * k <= LARGEST);
         for (int p = 0; p < count; p++)
             all = all && !products[p].left.transposed && products[p].right.transposed && products[p].result == p &&
                   products[p].left.matrix.data == products[0].left.matrix.data;
@@ -49,17 +51,19 @@ class FewRows {
                     const Runtime& runtime) {
         const FewRows rows{products, count, m, n, k, epilogue, runtime};
         auto body = [](int64_t task, void* self) { static_cast<const FewRows*>(self)->compute(task); };
-        runtime.parallel(tasks(n), body, const_cast<FewRows*>(&rows));
+        runtime.parallel(tasks(n, runtime), body, const_cast<FewRows*>(&rows));
     }
 
     static int64_t memory(int64_t m, int64_t n, int64_t k, const Runtime& runtime) {
         Arena measure;
         lay_out(measure, m, k);
-        return smaller<int64_t>(runtime.threads, tasks(n)) * static_cast<int64_t>(measure.used());
+        return smaller<int64_t>(runtime.threads, tasks(n, runtime)) * static_cast<int64_t>(measure.used());
     }
 
   private:
-    static constexpr int64_t COLUMNS = 64;  // of a task
+    static constexpr int64_t COLUMNS = 48;         // of C at a time, whole vectors
+    static constexpr int64_t BLOCK_DEPTH = 1024;   // of the rows of `dots`: so much of them stays in the first cache
+    static constexpr int64_t TASKS_OF_THREAD = 4;  // each task widens the rows
 
     const Product* products_;
     int count_;
@@ -71,88 +75,135 @@ class FewRows {
             const Runtime& runtime)
         : products_(products), count_(count), m_(m), n_(n), k_(k), epilogue_(epilogue), runtime_(runtime) {}
 
-    static int64_t tasks(int64_t n) { return (n + COLUMNS - 1) / COLUMNS; }
+    static int64_t columns_of_task(int64_t n, const Runtime& runtime) {
+        return round_up(n / (TASKS_OF_THREAD * runtime.threads) + 1, COLUMNS);
+    }
+
+    static int64_t tasks(int64_t n, const Runtime& runtime) {
+        const int64_t columns = columns_of_task(n, runtime);
+        return (n + columns - 1) / columns;
+    }
 
     // The rows in float32, in the order of chunks.
-    static float* lay_out(Arena& arena, int64_t m, int64_t k) { return arena.take<float>(m * round_up(k, CHUNK)); }
+    static float* lay_out(Arena& arena, int64_t m, int64_t k) { return arena.take<float>(m * row_size(k)); }
+
+    // No power of two: rows would share the first cache's sets.
+    static int64_t row_size(int64_t k) { return round_up(k, CHUNK) + 16; }
 
     void compute(int64_t task) const {
-        const int64_t width = round_up(k_, CHUNK);
         Arena measure;
         lay_out(measure, m_, k_);
         Arena arena(runtime_.scratch(measure.used()));
-        float* x = lay_out(arena, m_, k_);
+        float* const x = lay_out(arena, m_, k_);
         for (int64_t i = 0; i < m_; i++) {
             const S* row = at<S>(products_[0].left.matrix, i);
             for (int64_t l = 0; l < k_; l += CHUNK) {
                 const Chunk chunk = some_chunk(row + l, k_ - l);
-                store(x + i * width + l, chunk.low), store(x + i * width + l + WIDTH, chunk.high);
+                float* to = x + i * row_size(k_) + l;
+                store(to, chunk.low), store(to + WIDTH, chunk.high);
             }
         }
         float c[MOST_PRODUCTS][MOST * COLUMNS];
-        float* results[MOST_PRODUCTS];
-        const int64_t j = task * COLUMNS, n = smaller(COLUMNS, n_ - j);
-        for (int p = 0; p < count_; p++) {
-            const Matrix& weight = products_[p].right.matrix;
-            multiply(x, width, at<S>(weight, j), weight.row, n, c[p]);
-            results[p] = c[p];
+        float* results[MOST_PRODUCTS] = {c[0], c[1]};
+        const int64_t columns = columns_of_task(n_, runtime_), end = smaller(n_, (task + 1) * columns);
+        for (int64_t j = task * columns; j < end; j += COLUMNS) {
+            const int64_t n = smaller(COLUMNS, end - j);
+            for (int p = 0; p < count_; p++) multiply(x, products_[p].right.matrix, j, n, c[p]);
+            epilogue_.finish(results, COLUMNS, 0, m_, j, n);
         }
-        epilogue_.finish(results, COLUMNS, 0, m_, j, n);
     }
 
-    void multiply(const float* x, int64_t width, const S* weight, int64_t row, int64_t n, float* c) const {
-        int64_t j = 0;
-        auto columns = [&]<int N>() {
-            int64_t i = 0;
-            for (; i + 4 <= m_; i += 4) dots<4, N>(x + i * width, width, weight + j * row, row, c + i * COLUMNS + j);
-            if (i + 2 <= m_) dots<2, N>(x + i * width, width, weight + j * row, row, c + i * COLUMNS + j), i += 2;
-            if (i < m_) dots<1, N>(x + i * width, width, weight + j * row, row, c + i * COLUMNS + j);
-        };
-        if (m_ < 4)
-            for (; j + 4 <= n; j += 4) columns.template operator()<4>();
-        for (; j + 2 <= n; j += 2) columns.template operator()<2>();
-        if (j < n) columns.template operator()<1>();
+    void multiply(const float* x, const Matrix& weight, int64_t j, int64_t n, float* c) const {
+        // The fewest rows wait for memory, which is read fastest in long stretches.
+        const int64_t depth = m_ < 4 ? k_ : BLOCK_DEPTH;
+        for (int64_t l = 0; l < k_; l += depth) {
+            const Block block = {at<S>(weight, j, l), weight.row, n, smaller(depth, k_ - l), row_size(k_), l > 0};
+            int64_t groups = (m_ + 3) / 4;
+            for (int64_t i = 0, m; i < m_; i += m, groups--) {
+                m = (m_ - i + groups - 1) / groups;
+                const float* rows = x + i * row_size(k_) + l;
+                float* to = c + i * COLUMNS;
+                if (m == 4) columns<4, 2>(block, rows, to);
+                if (m == 3) columns<3, 3>(block, rows, to);
+                if (m == 2) columns<2, 4>(block, rows, to);
+                if (m == 1) columns<1, 4>(block, rows, to);
+            }
+        }
     }
 
-    // M rows times N rows of the weight; each sum is a vector of partial sums, of few products two.
+    struct Block {
+        const S* weight;
+        int64_t row, n, k;
+        int64_t x_row;
+        bool accumulate;
+    };
+
     template <int M, int N>
-    __attribute__((noinline)) void dots(const float* x, int64_t width, const S* weight, int64_t row, float* c) const {
-        constexpr int HALVES = M * N <= 4 ? 2 : 1;
-        constexpr int64_t LINE = 64 / sizeof(S), STEP = larger(LINE, CHUNK);
-        Floats sums[M][N][HALVES] = {};
+    static void columns(const Block& b, const float* x, float* c) {
+        int64_t j = 0;
+        for (; j + N <= b.n; j += N) dots<M, N>(b, j, x, c + j);
+        for (; j < b.n; j++) dots<M, 1>(b, j, x, c + j);
+    }
+
+    // In how many vectors of partial sums each sum is.
+    template <int M>
+    static constexpr int halves = M == 1 ? 2 : 1;
+
+    // M rows times N rows of the weight.
+    template <int M, int N>
+    static __attribute__((noinline)) void dots(const Block& b, int64_t j, const float* x, float* c) {
+        constexpr int64_t LINE = 64 / sizeof(S), STEP = larger(LINE, CHUNK), COUNT = round_up(M * N, WIDTH);
+        const S* const weight = b.weight + j * b.row;
+        const int64_t row = b.row, x_row = b.x_row, k = b.k;
+        Floats sums[halves<M> * M * N] = {};
         int64_t l = 0;
-        for (; l + STEP <= k_; l += STEP)
+        for (; l + STEP <= k; l += STEP) {
 #pragma GCC unroll 4
-            for (int j = 0; j < N; j++) {
+            for (int i = 0; i < N; i++)
 #pragma GCC unroll 4
                 for (int64_t at = l; at < l + STEP;
                      at += LINE)  // the rows that follow: no row's beginning is waited for
-                    __builtin_prefetch(weight + (j + N) * row + at, 0, 2);
+                    __builtin_prefetch(weight + (i + N) * row + at, 0, 2);
 #pragma GCC unroll 4
-                for (int64_t at = l; at < l + STEP; at += CHUNK) {
-                    const Chunk weights = load_chunk(weight + j * row + at);
+            for (int64_t at = l; at < l + STEP; at += CHUNK)
+                add_chunk<M, N>(sums, x + at, x_row, [&](int i) { return load_chunk(weight + i * row + at); });
+        }
+        for (; l < k; l += CHUNK)
+            add_chunk<M, N>(sums, x + l, x_row, [&](int i) { return some_chunk(weight + i * row + l, k - l); });
+        if constexpr (halves<M> == 2)
 #pragma GCC unroll 4
-                    for (int i = 0; i < M; i++) add<HALVES>(sums[i][j], weights, x + i * width + at);
-                }
-            }
-        for (; l < k_; l += CHUNK)
+            for (int i = 0; i < M * N; i++) sums[i] += sums[M * N + i];
+        Floats all[COUNT];
+#pragma GCC unroll 8
+        for (int i = 0; i < COUNT; i++) all[i] = i < M * N ? sums[i] : Floats{};
+        float lanes[COUNT];
 #pragma GCC unroll 4
-            for (int j = 0; j < N; j++) {
-                const Chunk weights = some_chunk(weight + j * row + l, k_ - l);
-#pragma GCC unroll 4
-                for (int i = 0; i < M; i++) add<HALVES>(sums[i][j], weights, x + i * width + l);
-            }
-#pragma GCC unroll 4
-        for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < N; j++)
-                c[i * COLUMNS + j] = sum(HALVES == 2 ? sums[i][j][0] + sums[i][j][HALVES - 1] : sums[i][j][0]);
+        for (int i = 0; i < COUNT; i += WIDTH) store(lanes + i, sums_of_lanes<WIDTH>(all + i));
+#pragma GCC unroll 8
+        for (int i = 0; i < M * N; i++) {
+            float& to = c[i / N * COLUMNS + i % N];
+            to = b.accumulate ? to + lanes[i] : lanes[i];
+        }
     }
 
-    template <int HALVES>
-    static FF_INLINE void add(Floats (&sums)[HALVES], const Chunk& weights, const float* x) {
-        sums[0] += weights.low * load(x);
-        sums[HALVES - 1] += weights.high * load(x + WIDTH);
+    template <int M, int N, class Weights>
+    static FF_INLINE void add_chunk(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
+        add<M, N, 0>(sums, x, x_row, weights);
+        add<M, N, 1>(sums + (halves<M> - 1) * M * N, x, x_row, weights);
+    }
+
+    // Half a chunk of all rows. What is used more than once is loaded once: loads are what bounds these sums.
+    template <int M, int N, int HALF, class Weights>
+    static FF_INLINE void add(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
+        Floats w[N];
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) w[j] = in_register(HALF ? weights(j).high : weights(j).low);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) {
+            const Floats of_row = in_register(load(x + i * x_row + HALF * WIDTH));
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++) sums[i * N + j] += w[j] * of_row;
+        }
     }
 
     // Zeros from `count` on.

@@ -112,6 +112,10 @@ struct Kernels {
     void (*linear_forward)(const LinearProblem&, const Matrix& out, const Runtime&);
     void (*linear_backward)(const LinearProblem&, const LinearGradients&, const Runtime&);
     int64_t (*linear_memory)(const LinearProblem&, bool backward, const Runtime&);  // bytes
+    // Bytes of a weight (rows, columns) packed for good, 0 where this level gains nothing by it; and packs it, if the
+    // products of what is packed are those of the weight.
+    int64_t (*packed_bytes)(Type, int64_t rows, int64_t columns);
+    bool (*pack_weight)(Type, const Matrix& weight, int64_t rows, int64_t columns, void* to, const Runtime&);
     void (*feed_forward_forward)(const FeedForwardProblem&, const FeedForwardResults&, const Runtime&);
     void (*feed_forward_backward)(const FeedForwardProblem&, const FeedForwardGradients&, const Runtime&);
     int64_t (*feed_forward_memory)(const FeedForwardProblem&, bool backward, bool recompute, const Runtime&);

@@ -53,6 +53,15 @@ inline Tensor new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes,
     return Tensor(handle);
 }
 
+inline Tensor new_bytes(int64_t size) {
+    const int64_t stride = 1;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride,
+                                                           static_cast<int32_t>(torch::headeronly::ScalarType::Byte),
+                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
 inline Mask per_head(const MaybeTensor& x) {  // (B, H)
     if (!x) return {};
     return {type_of(*x), x->data_ptr(), stride(*x, 0), stride(*x, 1), 0, 0};

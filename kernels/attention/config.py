@@ -7,13 +7,17 @@ fit the smallest shared memory of the GPUs Triton supports (99 KiB) and need not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from ..common import tables
+from ..common.gemm_tiles import ceil_div
 
 MIN_BLOCK = 16  # the smallest side of a tensor-core product
 MAX_EXTRAS = 5  # of ``triton_arguments.extras``
+MAX_CACHED_HEAD_DIM = 512  # of the kernels that read a cache
+MOST_PIECES = 256
+PIECE_COST = 128  # in keys: what a piece takes beside its own
 _TABLES = Path(__file__).parent / "tuned"
 
 
@@ -26,6 +30,7 @@ class Tile:
     num_warps: int
     num_stages: int
     tma: bool = False  # load key and value through tensor descriptors where the problem allows
+    per_processor: int = 1  # programs that one runs at a time: what keys are split for
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,20 @@ def pick_config(kernel: str, head_dim: int, value_dim: int, bits: int, architect
         if row.kernel == kernel and row.bits == bits and fits:
             return row.tile
     raise ValueError(f"no tile for {kernel}, {bits} bits, head dim {widest} on {architecture}")
+
+
+@lru_cache(maxsize=4096)
+def pick_pieces(blocks: int, keys: int, block_n: int, together: int) -> int:
+    """Into how many pieces the keys of each of ``blocks`` blocks of queries are split: what takes the least time.
+
+    Args:
+        blocks: programs, if the keys were not split.
+        keys: at most, of one sequence.
+        block_n: keys that are not split.
+        together: programs that run at a time.
+    """
+
+    def time(pieces: int) -> int:
+        return ceil_div(blocks * pieces, together) * (ceil_div(keys, pieces) + PIECE_COST)
+
+    return min(range(1, min(max(ceil_div(keys, block_n), 1), MOST_PIECES) + 1), key=time)

@@ -1,6 +1,7 @@
 """Attention over a cache of keys and values, for decoding: the public function.
 
-Read on in ``kvcache_op.py`` (the operator and its eager form) and ``csrc/cpu/attention_decode.h`` (the kernel).
+Read on in ``kvcache_op.py`` (the operator and its eager form), ``csrc/cpu/attention_decode.h`` and ``triton_decode.py``
+(the kernels).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor
 from ..common import native
 from ..common.backend import Candidate, select
 from ..common.checks import check_floating, check_tensor, dtype_name
-from . import kvcache_op
-from .kvcache_op import KVCacheProblem
+from . import kvcache_op, triton_support
+from .kvcache_problem import KVCacheProblem
 from .problem import check_scale_and_softcap, check_window, per_head
 
 CANDIDATES = {
     "cuda": Candidate(lambda p, automatic: native.refusals(p.query.device.type, "cuda", "attention_decode_cuda")),
-    "triton": Candidate(lambda p, automatic: ["there is no Triton kernel for a cache"]),
+    "triton": Candidate(triton_support.cache_refusals, triton_support.cache_workspace, triton_support.cache_notes),
     "cpu": Candidate(kvcache_op.cpu_refusals, kvcache_op.cpu_workspace, kvcache_op.cpu_notes),
     "torch": Candidate(lambda p, automatic: ["SDPA knows neither the lengths nor the pages of a cache"]),
     "reference": Candidate(lambda p, automatic: [], kvcache_op.reference_workspace),
@@ -91,7 +92,8 @@ def attention_with_kvcache(
     nor the number of threads changes the bits of a sequence's result.
 
     On the CPU the values of ``cache_seqlens`` and ``block_table`` are checked; on a GPU reading them would make the
-    host wait, so that there they are the caller's to keep in range.
+    host wait, so that there they are the caller's to keep in range. A step of decoding can thus be captured in a CUDA
+    graph: the sizes of batch and cache, never the lengths, say how Triton's kernels split the keys, and round.
 
     Args:
         query: (B, H, L, E), float32, float16 or bfloat16 (float64 on the reference). Any L, made for few.

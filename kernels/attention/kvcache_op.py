@@ -1,4 +1,4 @@
-"""The operators behind ``attention_with_kvcache``: their problem, schemas, fakes, native call and eager form.
+"""The operators behind ``attention_with_kvcache``: their schemas, fakes, native call and eager form.
 
 Two have one meaning: one appends, and is the only operator that writes an input; the other reads alone, so that a
 compiler copies no cache for it.
@@ -6,15 +6,15 @@ compiler copies no cache for it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..common import native
-from ..common.checks import dtype_name
 from ..common.library import LIBRARY, empty_in_order_of, register
 from . import reference
+from .kvcache_problem import KVCacheProblem
 
 _NATIVE = "attention_decode_cpu"
 _INPUTS = (
@@ -30,45 +30,6 @@ LIBRARY.define(
 LIBRARY.define(
     f"attention_over_kvcache(Tensor query, Tensor key_cache, Tensor value_cache, {_INPUTS}) -> (Tensor, Tensor)"
 )
-
-
-class KVCacheProblem(NamedTuple):
-    """What a backend decides on and computes; the order is that of the operators' schemas."""
-
-    query: Tensor  # (B, H, L, E), unit last stride, as all that follow
-    key_cache: Tensor  # (B, Hkv, S_max, E), or (blocks, Hkv, page, E) with a block table
-    value_cache: Tensor  # the same with Ev
-    cache_seqlens: Tensor  # (B,), before the append
-    key: Tensor | None  # (B, Hkv, L_new, E)
-    value: Tensor | None
-    block_table: Tensor | None  # int32 (B, n)
-    alibi_slopes: Tensor | None  # (B, H), float32
-    sinks: Tensor | None  # (B, H)
-    scale: float
-    window_left: int  # keys back from the position, -1 = unbounded
-    window_right: int  # keys ahead of it, -1 = unbounded, 0 = causal
-    softcap: float  # 0 = none
-
-    @property
-    def appended(self) -> int:
-        return 0 if self.key is None else self.key.size(2)
-
-    @property
-    def capacity(self) -> int:
-        """Slots of one sequence."""
-        pages = 1 if self.block_table is None else self.block_table.size(1)
-        return self.key_cache.size(2) * pages
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
-
-    def __str__(self) -> str:
-        parts = [f"{name} {tuple(x.shape)}" for name, x in self.tensors().items()]
-        parts += [dtype_name(self.query.dtype), self.query.device.type]
-        if self.window_left >= 0 or self.window_right >= 0:
-            parts.append(f"window ({self.window_left}, {self.window_right})")
-        parts += [f"softcap {self.softcap}"] if self.softcap else []
-        return ", ".join(parts)
 
 
 def run(problem: KVCacheProblem, backend: str) -> tuple[Tensor, Tensor]:
@@ -97,10 +58,9 @@ def _results(problem: KVCacheProblem) -> tuple[Tensor, Tensor]:
 def _implementation(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = KVCacheProblem(*arguments[:-1])
     blocks, _, slots, _ = problem.key_cache.shape
-    seqlens = _checked_seqlens(problem.cache_seqlens, problem.block_table, blocks, slots, problem.appended)
-    problem = problem._replace(cache_seqlens=seqlens)
+    _check_seqlens(problem.cache_seqlens, problem.block_table, blocks, slots, problem.appended)
     results = _results(problem)
-    implementation = {"cpu": _native, "reference": _reference}[arguments[-1]]
+    implementation = {"cpu": _native, "reference": _reference, "triton": _triton}[arguments[-1]]
     implementation(problem, *results)
     return results
 
@@ -109,29 +69,30 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _results(KVCacheProblem(*arguments[:-1]))
 
 
-def _checked_seqlens(
-    cache_seqlens: Tensor, block_table: Tensor | None, blocks: int, slots: int, appended: int
-) -> Tensor:
-    """The lengths as contiguous int64; ValueError where one, or a block, is out of range.
-
-    An operator, not a part of the public function, which is traced.
-    """
-    lengths = cache_seqlens.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
-    if lengths.device.type != "cpu":
-        return lengths
+def _check_seqlens(cache_seqlens: Tensor, block_table: Tensor | None, blocks: int, slots: int, appended: int) -> None:
+    """ValueError where a length, or a block, is out of range; on a GPU nothing is read."""
+    if cache_seqlens.device.type != "cpu":
+        return
     capacity = slots if block_table is None else slots * block_table.size(1)
-    for b, length in enumerate(lengths.tolist()):
+    for b, length in enumerate(cache_seqlens.tolist()):
         if not 0 <= length <= capacity - appended:
             limit = f"0 to {capacity - appended}: {capacity} slots, of which {appended} are to be appended"
             raise ValueError(f"cache_seqlens: got {length} for sequence {b}, expected {limit}")
     if block_table is not None:
-        used = torch.arange(block_table.size(1)) * slots < lengths[:, None] + appended
+        used = torch.arange(block_table.size(1)) * slots < cache_seqlens[:, None] + appended
         wrong = used & ((block_table < 0) | (block_table >= blocks))
         if wrong.any():
             b, i = wrong.nonzero()[0].tolist()
             got = f"{block_table[b, i].item()} at ({b}, {i})"
             raise ValueError(f"block_table: got {got}, expected the number of one of {blocks} blocks")
-    return lengths
+
+
+def _checked_seqlens(
+    cache_seqlens: Tensor, block_table: Tensor | None, blocks: int, slots: int, appended: int
+) -> Tensor:
+    """The lengths as int64, checked: an operator, not a part of the public function, which is traced."""
+    _check_seqlens(cache_seqlens, block_table, blocks, slots, appended)
+    return cache_seqlens.to(torch.int64, copy=True)
 
 
 def _seqlens_fake(cache_seqlens: Tensor, *_: Any) -> Tensor:
@@ -168,7 +129,17 @@ def cpu_workspace(problem: KVCacheProblem) -> int:
 
 
 def _native(problem: KVCacheProblem, out: Tensor, lse: Tensor) -> None:
-    getattr(torch.ops.fusedformer_native, _NATIVE).default(*problem, out, lse)
+    lengths = problem.cache_seqlens.to(torch.int64).contiguous()
+    getattr(torch.ops.fusedformer_native, _NATIVE).default(*problem._replace(cache_seqlens=lengths), out, lse)
+
+
+# ---- the Triton kernels
+
+
+def _triton(problem: KVCacheProblem, out: Tensor, lse: Tensor) -> None:
+    from . import triton_decode_launch
+
+    triton_decode_launch.decode(problem, out, lse)
 
 
 # ---- the eager form

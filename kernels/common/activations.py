@@ -7,7 +7,6 @@ kernels; a test holds all of them together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,12 +24,21 @@ class Activation(NamedTuple):
     also: tuple[Function, ...] = ()  # other callables of torch that are this function
 
 
+# Named functions, which copies and pickles of a module refer to, rather than partials and lambdas.
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return torch.relu(x).square()
+
+
 ACTIVATIONS = {
     "relu": Activation(0, torch.relu, (F.relu,)),
     "gelu": Activation(1, F.gelu),  # exact: x Φ(x), by erf
-    "gelu_tanh": Activation(2, partial(F.gelu, approximate="tanh")),
+    "gelu_tanh": Activation(2, _gelu_tanh),
     "silu": Activation(3, F.silu),
-    "relu2": Activation(4, lambda x: torch.relu(x).square()),
+    "relu2": Activation(4, _relu2),
 }
 
 

@@ -38,3 +38,8 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def processors(device: torch.device) -> int:
+    """A GPU's streaming multiprocessors, or compute units; the interpreter passes for one of 2."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2

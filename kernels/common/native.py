@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import packed
 from .library import PLAIN_TYPES
 
 EXTENSION = "fusedformer._native"
@@ -84,8 +85,12 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _autocast_enabled = torch._C._is_any_autocast_enabled
 
 
-def short_way(operator: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Tensor | None:
+def short_way(
+    operator: str, tensors: tuple[Tensor | None, ...], *options: Any, weights: tuple[Tensor | None, ...] = ()
+) -> Tensor | None:
     """``operator(*tensors, *options)`` with hardly a check between: of a small call the checks are most.
+
+    What is kept packed of ``weights``, those that the operator can read so, follows the options.
 
     None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
     """
@@ -102,9 +107,26 @@ def short_way(operator: str, tensors: tuple[Tensor | None, ...], *options: Any) 
             return None
         _operators[operator] = getattr(torch.ops.fusedformer_native, operator).default._op
     try:
-        return _operators[operator](*tensors, *options)  # type: ignore[no-any-return]
+        return _operators[operator](*tensors, *options, *map(packed.packed, weights))  # type: ignore[no-any-return]
     except NotImplementedError:  # torch's dispatcher, for tensors that are sparse, nested, quantized, on two devices
         return None
+
+
+def keep_packed(weight: Tensor) -> int:
+    """Packs ``weight`` (rows, columns) for the level in use and keeps that, until ``packed.release(weight)``.
+
+    Returns:
+        The bytes that are kept: 0 on levels whose kernels gain nothing by it, for a weight that is not on the CPU, and
+        for one in float32 with numbers so small that they would be lost.
+    """
+    packed.release(weight)
+    if refusals(weight.device.type, "cpu", "pack_weight_cpu"):
+        return 0
+    data: Tensor | None = torch.ops.fusedformer_native.pack_weight_cpu(weight.detach())
+    if data is None:
+        return 0
+    packed.attach(weight, data, level())
+    return data.numel()
 
 
 def load() -> None:

@@ -84,7 +84,8 @@ def feed_forward(
     drops = not (type(dropout_p) is type(residual_dropout_p) is float and dropout_p == residual_dropout_p == 0.0)
     if known is not None and not drops and precision is None and seed is None and is_free_to("cpu", backend):
         tensors = (input, weight1, weight2, bias1, bias2, gate_weight, gate_bias, residual)
-        plain = native.short_way("feed_forward_plain_cpu", tensors, known.number)
+        weights = (weight1, weight2, gate_weight)
+        plain = native.short_way("feed_forward_plain_cpu", tensors, known.number, weights=weights)
         if plain is not None:
             return plain
     input, weight1, weight2, bias1, bias2, gate_weight, gate_bias, residual = autocast(

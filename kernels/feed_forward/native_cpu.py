@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import native, philox
+from ..common import native, packed, philox
 from ..common.activations import ACTIVATIONS
 from ..common.checks import dtype_name
 from .problem import FeedForwardProblem, kernel_refusals
@@ -51,8 +51,10 @@ def workspace(problem: FeedForwardProblem) -> int:
 
 
 def notes(problem: FeedForwardProblem) -> list[str]:
-    """What ``explain`` should add: the instruction set."""
-    return [f"instruction set level {native.level()}"]
+    """What ``explain`` should add: the instruction set, and what is kept of the weights."""
+    p = problem
+    kept = packed.notes(p.weight1, p.weight2, p.gate_weight)
+    return [f"instruction set level {native.level()}", *kept]
 
 
 def forward(problem: FeedForwardProblem) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -7,6 +7,7 @@ order.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,7 @@ DIFFERENTIABLE = ("input", "weight1", "weight2", "bias1", "bias2", "gate_weight"
 _ROWS = (0, 7)  # of a problem's tensors, input and residual
 
 
+@cache  # an import statement costs as much as a check, also when nothing is left to import
 def _implementation(backend: str) -> ModuleType:
     """The module with this backend's ``forward`` and ``backward``; imported when first used."""
     if backend == "triton":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common import native
 from ..common.autocast import autocast
-from ..common.backend import Candidate, select
+from ..common.backend import Candidate, is_free_to, select
 from . import native_cpu, op, reference, torch_linear, triton_support
 from .problem import canonical
 
@@ -51,6 +51,10 @@ def linear(
 
     Source: the projections W of "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.2.
     """
+    if precision is None and is_free_to("cpu", backend):
+        out = native.short_way("linear_plain_cpu", (input, weight, bias), weights=(weight,))
+        if out is not None:
+            return out
     input, weight, bias = autocast(input, weight, bias)
     problem = canonical(input, weight, bias, precision)
     chosen = select("linear", CANDIDATES, problem, backend)

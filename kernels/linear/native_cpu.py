@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common import native
+from ..common import native, packed
 from ..common.checks import dtype_name
 from .problem import LinearProblem
 
@@ -33,8 +33,8 @@ def workspace(problem: LinearProblem) -> int:
 
 
 def notes(problem: LinearProblem) -> list[str]:
-    """What ``explain`` should add: the instruction set."""
-    return [f"instruction set level {native.level()}"]
+    """What ``explain`` should add: the instruction set, and what is kept of the weight."""
+    return [f"instruction set level {native.level()}", *packed.notes(problem.weight)]
 
 
 def forward(problem: LinearProblem) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ LIBRARY.define(f"linear_backward(Tensor grad_out, {_ARGUMENTS}, bool[3] output_m
 DIFFERENTIABLE = ("input", "weight", "bias")
 
 
+@cache  # an import statement costs as much as a check, also when nothing is left to import
 def _implementation(backend: str) -> ModuleType:
     """The module with this backend's ``forward`` and ``backward``; imported when first used."""
     if backend == "triton":

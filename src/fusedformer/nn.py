@@ -6,9 +6,24 @@ from torch import nn as _torch_nn
 
 from fusedformer import functional
 from fusedformer.transformer.attention import MultiheadAttention
+from fusedformer.transformer.decoder import TransformerDecoder, TransformerDecoderLayer
+from fusedformer.transformer.encoder import TransformerEncoder, TransformerEncoderLayer
 from fusedformer.transformer.feed_forward import FeedForward, GatedFeedForward
+from fusedformer.transformer.positional_encoding import SinusoidalPositionalEncoding
+from fusedformer.transformer.transformer import Transformer
 
-__all__ = ["FeedForward", "GatedFeedForward", "MultiheadAttention", "functional"]
+__all__ = [
+    "FeedForward",
+    "GatedFeedForward",
+    "MultiheadAttention",
+    "SinusoidalPositionalEncoding",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "functional",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,7 @@ def test_a_fused_transformer_is_as_accurate(options: dict[str, Any], training: b
     arguments = call(options.get("batch_first", False))
     fused = copy.deepcopy(model)
     report = fusedformer.fuse(fused)
-    assert len(report.swapped) == 6
+    assert len(report.swapped) == 2 + 4 + 6  # stacks, layers, attentions
     results = []
     for module, dtype in ((model, torch.float64), (model, torch.float32), (fused, torch.float32)):
         module = copy.deepcopy(module).to(dtype)
@@ -174,6 +174,10 @@ class OwnAttention(torch.nn.MultiheadAttention):
     pass
 
 
+class OwnLayer(torch.nn.TransformerEncoderLayer):
+    pass
+
+
 def test_what_is_left_is_named_with_the_reason() -> None:
     own = OwnAttention(32, 4)
     quantizable = torch.ao.nn.quantizable.MultiheadAttention(32, 4)
@@ -198,8 +202,8 @@ def test_what_is_left_is_named_with_the_reason() -> None:
 
 
 def test_the_report_is_a_table() -> None:
-    model = torch.nn.ModuleDict({"stack": encoder(), "own": OwnAttention(32, 4)})
-    report = fusedformer.fuse(model)
+    parts = {"stack": encoder(), "own": OwnAttention(32, 4), "layer": OwnLayer(**SIZE, batch_first=True)}
+    report = fusedformer.fuse(torch.nn.ModuleDict(parts))
     lines = str(report).splitlines()
     assert lines[0].split() == ["module", "class"]
     assert {entry.action for entry in report.entries} == {"swapped", "set", "left"}
@@ -209,7 +213,7 @@ def test_the_report_is_a_table() -> None:
         assert line[column - 2 : column] == "  "
         assert line[column:].startswith(f"{entry.kind} ")
         assert line.endswith(entry.detail)
-    assert lines[-1] == "2 swapped, 1 left"
+    assert lines[-1] == "6 swapped, 2 left"
     assert str(fusedformer.fuse(torch.nn.MultiheadAttention(8, 2))).splitlines()[1].startswith("(the model)  ")
 
 

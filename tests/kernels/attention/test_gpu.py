@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedformer.functional import attention
+from fusedformer.functional import attention, attention_with_kvcache
 from tests.cases import CASES, Case, make_inputs
+from tests.kernels.attention import caches
+from tests.kernels.attention.caches import Cache, make_cache
 from tests.kernels.attention.eager import assert_results_within_contract, fused, results
 from tests.tolerances import assert_equal_bits, assert_no_mistake
 
@@ -158,3 +160,99 @@ def test_a_device_that_is_not_the_current_one(index: int, seed: int) -> None:
         pytest.skip("needs two GPUs")
     inputs = make_inputs(LONG[0], torch.float16, f"cuda:{index}", seed)
     assert_results_within_contract(results(fused("triton"), inputs), inputs)
+
+
+LONG_CACHES: dict[str, dict[str, Any]] = {
+    "long": {"lengths": [8191, 0, 1, 5000], "slots": 8192, "heads": 32, "heads_kv": 8, "head_dim": 128},
+    "one long sequence": {"lengths": [30000], "slots": 32768, "heads": 8, "heads_kv": 1, "head_dim": 64},
+    "many sequences": {"lengths": [*range(0, 900, 9)], "slots": 1024, "heads": 16, "heads_kv": 8, "head_dim": 72},
+    "a long window": {"lengths": [4000, 70], "slots": 4096, "len_q": 7, "window": (1000, None), "head_dim": 256},
+    "a long prompt": {"lengths": [0, 700], "slots": 2048, "len_q": 600, "heads": 4, "head_dim": 64},
+}
+
+
+CACHES = [
+    *((name, None, torch.bfloat16) for name in caches.CASES),
+    *((name, None, dtype) for name in LONG_CACHES for dtype in DTYPES),
+    *((name, page, torch.bfloat16) for name in ("long", "a long window", "odd head dims") for page in (7, 16, 256)),
+]
+
+
+@pytest.mark.parametrize(("name", "page", "dtype"), CACHES, ids=str)
+def test_a_cache_holds_the_contract(name: str, page: int | None, dtype: torch.dtype, seed: int) -> None:
+    cache = make_cache(**(caches.CASES | LONG_CACHES)[name], dtype=dtype)
+    used = (cache.copy() if page is None else cache.paged(page)).to("cuda")
+    caches.assert_right(*used("triton"), cache.to("cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cache_with_alibi_and_sinks(dtype: torch.dtype, seed: int) -> None:
+    cache = make_cache([3000], slots=4096, len_q=2, dtype=dtype).to("cuda")
+    cache.options |= {"alibi_slopes": torch.rand(1, 4, device="cuda"), "sinks": torch.randn(4, device="cuda")}
+    caches.assert_right(*cache.copy()("triton"), cache)
+
+
+@pytest.mark.parametrize("seqlens_dtype", [torch.int32, torch.int64], ids=str)
+def test_same_bits_many_times_over_a_cache(seqlens_dtype: torch.dtype) -> None:
+    cache = make_cache(**LONG_CACHES["long"], dtype=torch.bfloat16).to("cuda")
+    cache.cache_seqlens = cache.cache_seqlens.to(seqlens_dtype)
+    first = cache.copy()("triton")
+    for _ in range(5):
+        for x, expected in zip(cache.copy()("triton"), first, strict=True):
+            assert_equal_bits(x, expected)
+
+
+@pytest.mark.parametrize("page", [None, 16])
+def test_cuda_graph_of_decoding(page: int | None) -> None:
+    """A captured step appends, attends and advances: replays are the steps that follow, and nothing asks the host."""
+    steps, lengths = 6, [40, 1000]
+    new = make_cache(lengths, slots=1200, len_q=steps, heads=8, heads_kv=2, head_dim=64, dtype=torch.bfloat16)
+    start = (new.copy() if page is None else new.paged(page)).to("cuda")
+    new = new.to("cuda")
+
+    def attend(cache: Cache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        table = start.options.get("block_table")
+        tensors = (query, cache.key_cache, cache.value_cache, cache.cache_seqlens)
+        out: Tensor = caches.call(*tensors, key=key, value=value, block_table=table, backend="triton")
+        cache.cache_seqlens += 1
+        return out
+
+    def inputs(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (new.query, new.options["key"], new.options["value"])
+        return tuple(x[:, :, step : step + 1].contiguous() for x in tensors)  # type: ignore[return-value]
+
+    def fresh() -> Cache:
+        cache = start.copy()
+        cache.cache_seqlens = cache.cache_seqlens.clone()
+        return cache
+
+    eager = fresh()
+    expected = [attend(eager, *inputs(step)) for step in range(steps)]
+    cache, static = fresh(), inputs(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        attend(fresh(), *static)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(cache, *static)
+    for step in range(steps):
+        for x, given in zip(static, inputs(step), strict=True):
+            x.copy_(given)
+        graph.replay()
+        assert_equal_bits(out, expected[step])
+    assert torch.equal(cache.cache_seqlens, eager.cache_seqlens)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_cache_compiled_with_inductor(mode: str | None) -> None:
+    cache = make_cache([40, 1000], slots=1200, heads=8, heads_kv=2, head_dim=64, dtype=torch.bfloat16).to("cuda")
+    expected = cache.copy()
+    out = expected("triton")[0]
+    compiled = torch.compile(attention_with_kvcache, fullgraph=True, mode=mode)
+    for _ in range(3):
+        tensors = (cache.query, cache.key_cache, cache.value_cache, cache.cache_seqlens)
+        assert_equal_bits(compiled(*tensors, **cache.options, backend="triton"), out)
+        for b, length in enumerate(cache.cache_seqlens.tolist()):
+            assert_equal_bits(cache.key_cache[b, :, : length + 1], expected.key_cache[b, :, : length + 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from fusedformer import explain
+from fusedformer import explain, use_backend
 from fusedformer.functional import linear
 from fusedformer.kernels.common import native
+from fusedformer.kernels.common.backend import record_decisions
 from tests.lanes import RUNNABLE, built, every_level
+from tests.operators import is_short
 from tests.tolerances import assert_equal_bits, assert_within_contract
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -133,3 +136,65 @@ def test_memory_does_not_grow_with_the_sizes(dtype: torch.dtype, level: str) -> 
     for gradients in (False, True):
         assert 0 < stated(1 << 12, 1 << 12, gradients) == stated(1 << 16, 1 << 14, gradients) < 1 << 23
     assert 0 < stated(1, 1 << 12, False) < 1 << 15  # a row, in float32
+
+
+# The short way of plain calls
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("leading", [(1,), (), (3, 1, 2), (20,)], ids=str)
+def test_the_short_way_gives_what_the_long_one_does(
+    leading: tuple[int, ...], dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, weight, bias, _ = make(1, 33, 21, dtype, seed)
+    x = torch.randn(*leading, 33, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    wide = torch.cat((x, x), -1)
+    for given in ((x, weight, bias), (x, weight, None), (wide[..., :33], weight, bias)):
+        function = partial(linear, *given)
+        with record_decisions():  # which is never skipped
+            long = function()
+        assert is_short(function, monkeypatch) is (given[0].is_contiguous() or given[0].dim() == 2)
+        short = function()
+        assert_equal_bits(short, long)
+        assert short.stride() == long.stride()
+
+
+@built
+def test_the_short_way_is_left_where_there_is_more_to_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, _ = make(3, 33, 21, torch.float32, seed)
+    given: dict[str, Any] = {"input": x, "weight": weight, "bias": bias}
+
+    def short(**changed: Any) -> bool:
+        return is_short(partial(linear, **{**given, **changed}), monkeypatch)
+
+    assert short()
+    assert short(bias=None)
+    for name, option in {"precision": "ieee", "backend": "torch"}.items():
+        assert not short(**{name: option}), name
+    for name, tensor in given.items():
+        leaf = tensor.clone().requires_grad_()
+        assert not short(**{name: leaf}), name
+        with torch.no_grad():
+            assert short(**{name: torch.nn.Parameter(leaf)} if name != "input" else {name: leaf}), name
+        if tensor.dim() == 2:
+            assert not short(**{name: tensor.mT.contiguous().mT}), name
+    assert not short(input=x[:0])
+    with use_backend("reference"):
+        assert not short()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not short()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert not short()
+    mapped = torch.func.vmap(lambda row: linear(row, weight, bias))
+    assert not is_short(lambda: mapped(x[:, None]), monkeypatch)
+
+
+@built
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_the_short_way_lets_no_mistake_pass(name: str, seed: int) -> None:
+    x, weight, bias, _ = make(3, 33, 21, torch.float32, seed)
+    given: dict[str, Any] = {"weight": weight, "bias": bias}
+    for wrong in (given[name][..., :-1], given[name].double(), given[name][None], given[name].int()):
+        with pytest.raises((ValueError, TypeError), match=name):
+            linear(x, **{**given, name: wrong})

@@ -1,0 +1,141 @@
+"""One layer of a decoder-only model: the pre-norm layer of GPT-2, and with other options that of Llama."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention.api import attention
+from ...kernels.linear.api import linear
+from ...kernels.norm.api import dropout_add_layer_norm, dropout_add_rms_norm
+from ..cache import KVCache
+from ..feed_forward import FeedForward, GatedFeedForward
+from ..rotary import rotate
+
+if TYPE_CHECKING:
+    from .causal import CausalConfig
+
+Norm = torch.nn.LayerNorm | torch.nn.RMSNorm
+Rotation = tuple[Tensor, Tensor] | None  # cosines and sines, where positions are rotary
+
+
+class CausalLayer(torch.nn.Module):
+    """Causal self-attention and feed-forward network, each behind a norm.
+
+        a = x + dropout(Attention(norm1(x)) Wᵀ + b),    y = a + dropout(FFN(norm2(a)))
+
+    A sum and the norm of it are one fused call. So that this holds across layers too, a layer takes the last sublayer's
+    output of the layer below before it is added, and hands on its own like that.
+
+    Its linear layers and norms hold parameters and are not called: hooks on them do not run. ``in_proj`` makes queries,
+    keys and values in one product, its rows the query heads, the key heads and the value heads.
+
+    Args:
+        config: of the model.
+        input_dropout: probability of dropping an element of ``update`` before it is added, in training.
+
+    Source: sections 3.2 and 3.3 of "Attention Is All You Need" (Vaswani et al., 2017); norms in front: "Language Models
+    are Unsupervised Multitask Learners" (Radford et al., 2019), section 2.3; grouped heads: Ainslie et al., 2023.
+    """
+
+    def __init__(self, config: CausalConfig, input_dropout: float) -> None:
+        super().__init__()
+        c = config
+        self.nhead, self.num_kv_heads, self.head_dim = c.nhead, c.kv_heads, c.size_of_head
+        self.input_dropout, self.dropout, self.attention_dropout = input_dropout, c.dropout, c.attention_dropout
+        self.norm1, self.norm2 = make_norm(c), make_norm(c)
+        heads = self.nhead + 2 * self.num_kv_heads
+        self.in_proj = torch.nn.Linear(c.d_model, heads * self.head_dim, c.attention_bias)
+        self.out_proj = torch.nn.Linear(self.nhead * self.head_dim, c.d_model, c.output_bias)
+        network = GatedFeedForward if c.gated else FeedForward
+        self.feed_forward = network(c.d_model, c.hidden_features, 0.0, c.activation, c.feed_forward_bias)
+
+    def forward(
+        self, update: Tensor, residual: Tensor | None, rotation: Rotation = None, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer over whole sequences.
+
+        Args:
+            update: (B, L, d_model), what is added to ``residual``.
+            residual: (B, L, d_model); None in front of the first layer.
+            rotation: of :class:`~fusedformer.transformer.rotary.RotaryEmbedding`, if positions are rotary.
+            key_mask: (B, L) bool, True = takes part.
+
+        Returns:
+            The same two, each (B, L, d_model), for the next layer.
+        """
+        x, residual = add_norm(update, residual, self.norm1, self.input_dropout if self.training else 0.0)
+        q, k, v = self._project(x, rotation)
+        out = attention(
+            q,
+            k,
+            v,
+            None,
+            self.attention_dropout if self.training else 0.0,
+            True,
+            enable_gqa=self.num_kv_heads != self.nhead,
+            key_mask=key_mask,
+        )
+        x, residual = add_norm(self._merge(out), residual, self.norm2, self.dropout if self.training else 0.0)
+        return self.feed_forward(x), residual
+
+    def decode(self, x: Tensor, cache: KVCache, layer: int, rotation: Rotation = None) -> Tensor:
+        """The layer over the tokens that follow those in a cache, which it appends to; nothing is dropped.
+
+        Args:
+            x: (B, L, d_model), the whole sum of what the layers below have made.
+            cache: of the model.
+            layer: which of the cache's layers this is.
+            rotation: at the positions of ``x``.
+
+        Returns:
+            (B, L, d_model).
+        """
+        # Sums and norms apart: for a few tokens, whose calls cost more than their memory, it is the quicker way.
+        x = x + self._merge(cache.attend(layer, *self._project(norm(x, self.norm1), rotation)))
+        return x + self.feed_forward(norm(x, self.norm2))  # type: ignore[no-any-return]
+
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, L, D), key and value (B, Hkv, L, D), of one product."""
+        heads = linear(x, self.in_proj.weight, self.in_proj.bias).unflatten(-1, (-1, self.head_dim))
+        together = self.nhead + self.num_kv_heads
+        if rotation is None:
+            q, k, v = heads.transpose(1, 2).split([self.nhead, self.num_kv_heads, self.num_kv_heads], 1)
+            return q, k, v
+        q, k = rotate(heads[:, :, :together], *rotation).transpose(1, 2).split([self.nhead, self.num_kv_heads], 1)
+        return q, k, heads[:, :, together:].transpose(1, 2)
+
+    def _merge(self, out: Tensor) -> Tensor:
+        """(B, H, L, D) to (B, L, d_model)."""
+        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+
+def make_norm(config: CausalConfig) -> Norm:
+    """The parameters of one of the config's norms."""
+    made = torch.nn.LayerNorm if config.norm == "layer_norm" else torch.nn.RMSNorm
+    return made(config.d_model, config.norm_eps)
+
+
+def norm(x: Tensor, parameters: Norm) -> Tensor:
+    """``parameters(x)``, fused."""
+    if isinstance(parameters, torch.nn.LayerNorm):
+        return dropout_add_layer_norm(x, None, parameters.weight, parameters.bias, eps=parameters.eps)
+    return dropout_add_rms_norm(x, None, parameters.weight, eps=parameters.eps or 0.0)
+
+
+def add_norm(update: Tensor, residual: Tensor | None, parameters: Norm, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """The norm of ``residual + dropout(update)``, and that sum."""
+    if isinstance(parameters, torch.nn.LayerNorm):
+        return dropout_add_layer_norm(
+            update,
+            residual,
+            parameters.weight,
+            parameters.bias,
+            dropout_p=dropout_p,
+            eps=parameters.eps,
+            return_sum=True,
+        )
+    eps = parameters.eps or 0.0
+    return dropout_add_rms_norm(update, residual, parameters.weight, dropout_p=dropout_p, eps=eps, return_sum=True)
