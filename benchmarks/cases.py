@@ -249,7 +249,8 @@ def _gpu() -> Iterator[AttentionCase]:
         yield replace(plain, heads=8, head_dim=256, is_causal=True, full=True)
         yield replace(plain, head_dim=80, is_causal=True, full=True)
     yield AttentionCase("bf16", 1, 64, 4096, 128, heads_kv=8, is_causal=True)
-    yield AttentionCase("bf16", 8, 32, 1, 128, heads_kv=8, len_k=8192)
+    for batch in (1, 8, 64):
+        yield AttentionCase("bf16", batch, 32, 1, 128, heads_kv=8, len_k=8192, is_decode=True)
     yield AttentionCase("bf16", 64, 12, 128, 32, key_padding=True)
     yield AttentionCase("bf16", 1, 8, 64, 64)
 

@@ -219,6 +219,7 @@ CASES = (
     Case("scale zero", batch=1, scale=0.0, is_causal=True),
     Case("peaked", scale=0.9),
     Case("softcap", softcap=1.5),
+    Case("softcap far", softcap=50.0, is_causal=True),
     Case("softcap causal", softcap=0.5, scale=-1.0, is_causal=True),
     Case("alibi", alibi="H"),
     Case("alibi bottom right", len_k=33, alibi="BH", causal_alignment="bottom_right"),

@@ -78,8 +78,9 @@ def problem_arguments(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
         "scale": p.scale,
         "softcap": p.softcap,
         "position_offset": p.position_offset,
-        "window_left": p.window_left,
-        "window_right": p.window_right,
+        # Wider than all there is says the same, and positions plus it stay within 32 bits.
+        "window_left": min(p.window_left, p.query.size(2) + p.key.size(2)),
+        "window_right": min(p.window_right, p.query.size(2) + p.key.size(2)),
         "drop_below": philox.threshold(p.dropout_p),
         "keep_scale": philox.keep_scale(p.dropout_p),
         "SCALE_LATER": scale_later(p),

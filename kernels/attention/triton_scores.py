@@ -160,8 +160,13 @@ def score_tile(
     scores = products if SCALE_LATER else products * scale
     tanh = scores
     if HAS_SOFTCAP:
-        # 1 - 2 / (e^2x + 1); its error of one part in 2^24 of 1 is softcap / 2^24 in the score.
-        tanh = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0)
+        # 1 - 2 / (e^2x + 1) is wrong by one part in 2^24 of 1: near 0, where the cap is far, too much of the score.
+        # There a quotient of polynomials (Lambert's continued fraction) takes from x what tanh is short of it.
+        x = scores / softcap
+        square = x * x
+        near = x - x * square * (315.0 + 14.0 * square) / (945.0 + square * (420.0 + 15.0 * square))
+        far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+        tanh = tl.where(square < 0.25, near, far)
         scores = softcap * tanh
     distance = columns - (rows + position_offset)
     if slope is not None:

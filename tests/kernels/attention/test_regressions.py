@@ -287,3 +287,13 @@ def test_half_precision_log_sum_exp_is_single(backend: str, device: str, seed: i
     scores = inputs.query.double() @ inputs.key.double().mT / 32**0.5
     eager = (inputs.query.float() @ inputs.key.float().mT / 32**0.5).logsumexp(-1)
     assert_within_contract(lse, scores.logsumexp(-1), eager)
+
+
+@every_backend
+def test_a_window_may_be_wider_than_any_position(backend: str, device: str, seed: int) -> None:
+    """Positions and such a window do not add up to 32 bits."""
+    inputs = make_inputs(Case("", len_k=33), torch.float32, device, seed)
+    tensors = (inputs.query, inputs.key, inputs.value)
+    for wide, unbounded in (((3, 2**31 - 1), (3, None)), ((2**31 - 1, 2), (None, 2))):
+        out = attention(*tensors, window=wide, backend=backend)
+        assert_equal_bits(out, attention(*tensors, window=unbounded, backend=backend))
