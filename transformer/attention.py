@@ -147,7 +147,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, L, embed_dim) to (B, H, L, head_dim)."""
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads.transpose(1, 2)
 
     def _out(self, out: Tensor) -> Tensor:
         """(B, H, L, head_dim) to (B, L, embed_dim)."""

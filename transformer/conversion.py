@@ -13,6 +13,8 @@ from torch import Tensor
 from .attention import MultiheadAttention
 from .decoder import TransformerDecoder, TransformerDecoderLayer
 from .encoder import TransformerEncoder, TransformerEncoderLayer
+from .feed_forward import FeedForward
+from .frozen import freeze, unfreeze
 
 # torch's classes, and ours with the same attributes, so that changing an instance's class is all it takes.
 FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -24,8 +26,10 @@ FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 STOCK: tuple[type[torch.nn.Module], ...] = tuple(FUSED)
 OURS: tuple[type[torch.nn.Module], ...] = tuple(FUSED.values())
+# Whose weights are all multiplied by our kernels.
+MULTIPLIED = (MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, FeedForward)
 # What changes besides the speed.
-NOTED = {TransformerEncoder: "; padding rows are not 0 in eval mode"}
+NOTED: dict[type[torch.nn.Module], str] = {TransformerEncoder: "; padding rows are not 0 in eval mode"}
 
 # What a changed module was before, kept on the module itself: its attributes, and a Hugging Face model's attention.
 _BEFORE, _HUGGINGFACE = "_fusedformer_before", "attention implementation"
@@ -56,10 +60,12 @@ class Report:
     Attributes:
         entries: one for each module that was looked at.
         differences: with ``verify``, the largest absolute difference of each output tensor, by its place in the output.
+        frozen_bytes: with ``frozen``, the memory of the packed copies of weights.
     """
 
     entries: tuple[Entry, ...]
     differences: Mapping[str, float] | None = None
+    frozen_bytes: int | None = None
 
     @property
     def swapped(self) -> list[str]:
@@ -79,6 +85,8 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"{len(self.swapped)} swapped, {len(self.left)} left")
+        if self.frozen_bytes is not None:
+            lines.append(f"packed copies of frozen weights: {self.frozen_bytes:,} bytes")
         for name, difference in (self.differences or {}).items():
             lines.append(f"largest difference in {name}: {difference:.3g}")
         return "\n".join(lines)
@@ -98,40 +106,51 @@ def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) ->
         verify: inputs to run the model on before and after, in eval mode without gradients: a tensor, a tuple of
             arguments or a mapping of keyword arguments. The largest differences are in the report; positions of padding
             count too, where no result is the right one, and one that was NaN before makes a NaN.
-        frozen: a promise that the weights no longer change, for kernels that keep packed copies of them. There is none
-            yet: True is refused.
+        frozen: a promise that the weights of our layers, fused or built as ours, no longer change. Where kernels gain
+            by it (AMX) they keep packed copies of the weights until :func:`unfuse`, and in calls without gradients need
+            not see a change. Without it none is ever missed.
 
     Returns:
         Report: what was swapped, what was left and why.
 
     Raises:
         TypeError: ``model`` is no module, or ``verify`` is of another type.
-        ValueError: ``frozen`` is True.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    if frozen:
-        raise ValueError("frozen: got True, expected False: no kernel that keeps packed weights is there yet")
     if verify is None:
-        return Report(tuple(_swap(model)))
+        return _swap_all(model, frozen)
     arguments = _arguments(verify)
     before = _outputs(model, *arguments)
-    report = Report(tuple(_swap(model)))
+    report = _swap_all(model, frozen)
     try:
         after = _outputs(model, *arguments)
     except BaseException:
         for entry in report.entries:
             if entry.action != LEFT:
                 _restore(model.get_submodule(entry.module))
+        unfreeze(model)
         raise
     shared = [name for name in before if name in after]
-    return Report(report.entries, {name: _difference(before[name], after[name]) for name in shared})
+    differences = {name: _difference(before[name], after[name]) for name in shared}
+    return Report(report.entries, differences, report.frozen_bytes)
 
 
 def unfuse(model: torch.nn.Module) -> None:
-    """Puts back what :func:`fuse` swapped in this model: classes, flags and Hugging Face's attention implementation."""
+    """Puts back what :func:`fuse` swapped in this model: classes, flags and Hugging Face's attention implementation.
+
+    Packed copies of frozen weights are dropped.
+    """
     for module in model.modules():
         _restore(module)
+    unfreeze(model)
+
+
+def _swap_all(model: torch.nn.Module, frozen: bool) -> Report:
+    entries = tuple(_swap(model))
+    if not frozen:
+        return Report(entries)
+    return Report(entries, frozen_bytes=freeze(*(part for part in model.modules() if isinstance(part, MULTIPLIED))))
 
 
 def _swap(model: torch.nn.Module) -> Iterator[Entry]:

@@ -29,6 +29,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: section 3.1 of "Attention Is All You Need" (Vaswani et al., 2017), dropout as in its section 5.4.
     """
 
+    self_attn: MultiheadAttention
+    multihead_attn: MultiheadAttention
     recompute: bool = False
 
     def __init__(

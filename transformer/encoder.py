@@ -113,7 +113,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         """Self-attention, and the dropout that is still to be applied to it."""
         overridden = is_overridden(self, "_sa_block", torch.nn.TransformerEncoderLayer._sa_block)
         if overridden or not isinstance(self.self_attn, MultiheadAttention):
-            return self._sa_block(x, *floating_masks(x, mask, padding), is_causal), None
+            mask, padding = floating_masks(x, mask, padding)
+            return self._sa_block(x, mask, padding, is_causal), None
         out = self.self_attn(x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal)
         return out[0], self.dropout1
 

@@ -69,7 +69,8 @@ class GenerationMixin:
         Args:
             input_ids: int64 (B, S): prompts of a causal model, sources of a sequence-to-sequence model.
             attention_mask: (B, S), bool or int; nonzero takes part. A prompt may be padded on either side: what takes
-                part is read as if it stood alone. None: all but ``pad_token_id``, or all if that also ends sequences.
+                part is read as if it stood alone. None: all of a source, and of a prompt all but ``pad_token_id``
+                unless that also ends sequences.
             max_new_tokens: after so many a row ends whatever comes.
             min_new_tokens: before so many no token ends a row.
             num_beams: width of the beam search; 1: none.
@@ -116,9 +117,9 @@ class GenerationMixin:
         pad = _tokens("pad_token_id", config.pad_token_id if pad_token_id is None else pad_token_id, config)
         if num_beams > 1 and len(eos) >= config.vocab_size:
             raise ValueError(f"eos_token_id: got {eos}, expected to leave beams a token to go on with")
-        padding = pad[0] if pad and pad[0] not in eos else None
-        takes_part, longest = _check_input(input_ids, attention_mask, padding, config.vocab_size)
         start = getattr(self, "start", None)  # of a model that reads a source
+        padding = pad[0] if start is None and pad and pad[0] not in eos else None
+        takes_part, longest = _check_input(input_ids, attention_mask, padding, config.vocab_size)
         if start is None:
             _check_length(config, longest, max_new_tokens)
         else:

@@ -19,8 +19,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, 
     """``torch.nn.functional.cross_entropy`` of token logits, averaged over the labels that are not ignored.
 
     The target gives the label 1 - ε + ε / V and each of the V - 1 others ε / V. Everything is computed in float32, of
-    16-bit logits too (torch sums those in their own dtype, which at a vocabulary of 37,000 leaves no correct digit),
-    and besides the logits one number a token is kept for backward.
+    16-bit logits too: torch's kernel for the CPU adds up tokens in bfloat16, where beyond a few hundred the sum grows
+    no more. Nothing of the logits' size is kept for backward but they themselves.
 
     Args:
         logits: (..., V), floating.

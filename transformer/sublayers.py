@@ -138,7 +138,7 @@ def _fused_activation(layer: Any) -> str | Function | None:
     activation: str | Function = layer.activation
     if type(activation) in _ACTIVATIONS and is_plain(activation):  # type: ignore[arg-type]
         is_tanh = isinstance(activation, torch.nn.GELU) and activation.approximate == "tanh"
-        return "gelu_tanh" if is_tanh else _ACTIVATIONS[type(activation)]  # type: ignore[index]
+        return "gelu_tanh" if is_tanh else _ACTIVATIONS[type(activation)]
     return activation
 
 

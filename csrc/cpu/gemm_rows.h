@@ -1,5 +1,5 @@
-// Products of a few rows with the transpose of a matrix, as a weight lies: its reading bounds them, so it is read once
-// and never packed.
+// Products of a few rows with the transpose of a matrix, as a weight lies: packing it would cost more than it gains. Of
+// the fewest rows its reading bounds them.
 #pragma once
 
 #include "arena.h"

@@ -64,6 +64,17 @@ def test_padding_changes_nothing(style: str, side: str) -> None:
 
 
 @every_style
+@pytest.mark.parametrize(("batch", "length"), [(0, LENGTH), (BATCH, 0)])
+def test_nothing_gives_nothing(style: str, batch: int, length: int) -> None:
+    model = build(style, torch.float32)
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    for given in (None, mask):
+        logits = model(torch.zeros(batch, length, dtype=torch.long), given)
+        assert logits.shape == (batch, length, VOCABULARY)
+        logits.sum().backward()
+
+
+@every_style
 @pytest.mark.parametrize("page", [None, 4])
 def test_decoding_is_recomputing(style: str, page: int | None) -> None:
     model, ids = build(style), tokens(LENGTH + 6)
@@ -185,14 +196,23 @@ def test_checkpointed_layers_have_the_same_gradients(style: str) -> None:
         assert_equal_bits(found, expected, name)
 
 
-@pytest.mark.parametrize("style", ["GPT-2", "Llama"])
-def test_compiles_whole_with_changing_lengths(style: str) -> None:
-    model = build(style, torch.float32)
+def test_compiles_whole_with_changing_lengths() -> None:
+    model = build("Llama", torch.float32)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for length in (LENGTH, LENGTH + 4):
         ids, mask = tokens(length), torch.arange(length) >= torch.tensor([[0], [2], [4]])
         with torch.no_grad():
             assert_no_mistake(compiled(ids, mask)[mask], model(ids, mask)[mask].double())
+
+
+def test_is_exported_for_every_length() -> None:
+    model = build("GPT-2", torch.float32)
+    length = torch.export.Dim("length", min=2, max=32)
+    given = tokens(), torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    exported = torch.export.export(model, given, dynamic_shapes=({1: length}, {1: length})).module()
+    ids, mask = tokens(LENGTH + 4), torch.arange(LENGTH + 4) >= torch.tensor([[0], [2], [4]])
+    with torch.no_grad():
+        assert_no_mistake(exported(ids, mask)[mask], model(ids, mask)[mask].double())
 
 
 @every_style

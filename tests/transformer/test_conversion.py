@@ -136,6 +136,35 @@ def test_everything_keeps_its_identity_and_comes_back(build: Any) -> None:
         assert_equal_bits(model.state_dict()[key], value, key)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_hooks_inside_swapped_layers_run(norm_first: bool) -> None:
+    model = transformer(norm_first=norm_first, batch_first=True)
+    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ("linear2", "norm1", "dropout1")]
+    seen: list[str] = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: seen.append(name))
+    arguments = call(True)
+    expected = model(**arguments)
+    before, seen[:] = list(seen), []
+    report = fusedformer.fuse(model)
+    assert {"encoder.layers.0", "decoder.layers.1"} < {*report.swapped}
+    torch.testing.assert_close(model(**arguments), expected)
+    assert seen == before
+    assert {*seen} == {*names}
+
+
+def test_a_swapped_layer_works_in_torchs_stack_in_evaluation() -> None:
+    layer = torch.nn.TransformerEncoderLayer(**SIZE, batch_first=True)
+    fusedformer.fuse(layer)
+    model = torch.nn.TransformerEncoder(layer, num_layers=2).eval()
+    x, padding = torch.randn(3, 11, 32), torch.arange(11) >= torch.tensor([[11], [4], [7]])
+    with torch.no_grad():
+        actual = model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(actual, model(x, src_key_padding_mask=padding).detach())
+    fusedformer.unfuse(layer)
+    assert layer.activation_relu_or_gelu == 1
+
+
 def test_unfused_computes_the_bits_it_did() -> None:
     model = encoder().eval()
     x, padding = torch.randn(3, 11, 32), torch.arange(11) >= torch.tensor([[11], [4], [7]])
@@ -291,8 +320,6 @@ def test_bad_arguments_are_named() -> None:
         fusedformer.fuse("model")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="verify: got list, expected a tensor, a tuple or a mapping"):
         fusedformer.fuse(model, verify=[torch.randn(3)])
-    with pytest.raises(ValueError, match="frozen: got True, expected False"):
-        fusedformer.fuse(model, frozen=True)
     assert type(model) is torch.nn.MultiheadAttention
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import fusedformer
 from fusedformer import nn
 from fusedformer.kernels.common import native
 from fusedformer.kernels.common.packed import packed
@@ -119,6 +120,30 @@ def test_attention_is_frozen_too(seed: int) -> None:
             assert_equal_bits(module(x, x, value, need_weights=False)[0], before)
             unfreeze(module)
             assert all(packed(weight) is None for weight in weights)
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+def test_a_fused_model_is_frozen_until_it_is_unfused(level: str, seed: int) -> None:
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(D, 4, FF, batch_first=True), 2).eval()
+    head = torch.nn.Sequential(model, torch.nn.Linear(D, 3))
+    x = torch.randn(1, ROWS, D)
+    with torch.no_grad(), native.use_level(level):
+        plain = fusedformer.fuse(head)
+        assert plain.frozen_bytes is None
+        before = head(x)
+        report = fusedformer.fuse(head, frozen=True)
+        weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        kept = [packed(weight) for weight in weights]
+        assert report.frozen_bytes == sum(0 if data is None else data.numel() for data in kept)
+        assert (report.frozen_bytes > 0) is (level in KEEPING)
+        assert f"packed copies of frozen weights: {report.frozen_bytes:,} bytes" in str(report)
+        assert all((data is not None) is (level in KEEPING) for data in kept)
+        assert packed(head[1].weight) is None, "torch multiplies it"
+        assert_equal_bits(head(x), before)
+        explained = str(fusedformer.explain(head, x))
+        assert explained.count(f"packed for level {level}") == (8 if level in KEEPING else 0)
+        fusedformer.unfuse(head)
+        assert all(packed(weight) is None for weight in weights)
 
 
 def test_what_is_no_weight_of_ours_is_left() -> None:

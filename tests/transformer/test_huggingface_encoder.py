@@ -20,7 +20,7 @@ from fusedformer.transformer.models import (
     SequenceClassifier,
     TokenClassifier,
 )
-from tests.tolerances import assert_equal_bits, assert_within_contract
+from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: nothing here may ask the network
 transformers = pytest.importorskip("transformers")
@@ -155,6 +155,17 @@ def test_old_names_of_norms_and_untied_weights_are_read(tmp_path: Path) -> None:
     assert not torch.equal(ours.head.output.weight, ours.encoder.embeddings.words.weight)
     for name, x in ours.state_dict().items():
         assert_equal_bits(x, expected.state_dict()[name], name)
+    arguments = batch(0)
+    assert_no_mistake(result_of(ours, arguments), result_of(theirs, arguments).double())
+
+
+def test_roberta_counts_tokens_where_padding_is_not_masked_too() -> None:
+    eager = build("Roberta", "Model")
+    tokens = batch(1)["input_ids"].roll(2, 1)  # with padding on both sides
+    found, expected, stock = (
+        model(tokens) for model in (Encoder.from_huggingface(eager), copy.deepcopy(eager).double(), eager)
+    )
+    assert_within_contract(found.detach(), expected[0].detach(), stock[0].detach())
 
 
 def test_labels_are_read_by_number_and_name() -> None:

@@ -60,9 +60,11 @@ def inputs() -> dict[str, Any]:
     return {"input_ids": torch.randint(18, VOCABULARY, (3, 6)).masked_fill(mask == 0, 1), "attention_mask": mask}
 
 
-def assert_same(pair: Pair, theirs: dict[str, Any] | None = None, **options: Any) -> Tensor:
+def assert_same(pair: Pair, theirs: dict[str, Any] | None = None, without_mask: bool = False, **options: Any) -> Tensor:
     stock, ours = pair
     given, draw = inputs(), int(torch.randint(1 << 30, ()))
+    if without_mask:
+        del given["attention_mask"]
     options = {"max_new_tokens": NEW, **options}
     torch.manual_seed(draw)
     expected = stock.generate(**given, **options | (theirs or {}))
@@ -79,6 +81,8 @@ def test_greedy(pair: Pair) -> None:
     assert_same(pair, eos_token_id=EOS, min_new_tokens=7)
     assert_same(pair, eos_token_id=EOS, pad_token_id=0)
     assert_same(pair, max_new_tokens=1)
+    assert_same(pair, without_mask=True)
+    assert_same(pair, without_mask=True, eos_token_id=[2, 1])
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])

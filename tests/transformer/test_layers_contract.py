@@ -226,6 +226,9 @@ def doubled(linear: torch.nn.Linear) -> torch.nn.Module:
     return new
 
 
+STOCK_ATTENTION = torch.nn.MultiheadAttention(D, HEADS, batch_first=True)
+
+
 class Scale(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 0.7 * x
@@ -247,7 +250,6 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "weight norm of old": lambda model: torch.nn.utils.weight_norm(model.linear2),
     "method of its own": lambda model: setattr(model, "_ff_block", lambda x: x.tanh()),
 }
-STOCK_ATTENTION = torch.nn.MultiheadAttention(D, HEADS, batch_first=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
@@ -277,7 +279,10 @@ class Own(nn.TransformerEncoderLayer):
     ) -> Tensor:
         assert attn_mask is not None
         assert key_padding_mask is not None
-        return self.dropout1(x + attn_mask.clamp(min=-1.0).mean(-1)[:, None] + key_padding_mask.clamp(min=-2.0).mean())
+        out: Tensor = self.dropout1(
+            x + attn_mask.clamp(min=-1.0).mean(-1)[:, None] + key_padding_mask.clamp(min=-2.0).mean()
+        )
+        return out
 
 
 def test_a_block_that_a_subclass_overrides_runs() -> None:
@@ -301,7 +306,8 @@ class Custom(torch.nn.Module):
         self.linear = torch.nn.Linear(D, D)
 
     def forward(self, src: Tensor, src_mask: Any, is_causal: Any, src_key_padding_mask: Any) -> Tensor:
-        return self.linear(src) + src_mask.clamp(min=-1.0).sum() + src_key_padding_mask.clamp(min=-1.0).sum()
+        out: Tensor = self.linear(src) + src_mask.clamp(min=-1.0).sum() + src_key_padding_mask.clamp(min=-1.0).sum()
+        return out
 
 
 def test_stacks_take_other_layers_and_transformers_other_stacks() -> None:
@@ -377,11 +383,16 @@ def test_recompute_changes_the_memory_alone(kind: str, norm_first: bool) -> None
     model = layer(kind, norm_first=norm_first, dropout=0.2)
     results = []
     for model.recompute in (False, True):
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+        saved: list[Tensor] = []
+
+        def keep(x: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             torch.manual_seed(3)
             out = model(*given)
-        kept.append(sum(sizes))
+        kept.append(sum(x.numel() for x in saved))
         results.append([out.detach(), *torch.autograd.grad(out.sum(), [*given, *model.parameters()])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

@@ -227,4 +227,4 @@ def test_is_as_accurate_as_torch(
         torch.cat([x.flatten() for name, x in sorted(of.items()) if name != "output"]) for of in (actual, truth, eager)
     ]
     assert_within_contract(actual["output"], truth["output"], eager["output"], "output")
-    assert_within_contract(*flat, "gradients")
+    assert_within_contract(flat[0], flat[1], flat[2], "gradients")

@@ -162,6 +162,7 @@ def test_what_is_masked_changes_nothing(seed: int) -> None:
 
 @kinds
 def test_a_saved_model_is_read_again(kind: str, tmp_path: Path, seed: int) -> None:
+    pytest.importorskip("safetensors")
     model, inputs = small(**KINDS[kind]), drawn()
     model.save_pretrained(tmp_path)
     read = Seq2SeqTransformer.from_pretrained(tmp_path)

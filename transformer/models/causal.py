@@ -156,7 +156,9 @@ class CausalLanguageModel(GenerationMixin, PretrainedModel):
     write to the residual stream (``out_proj``, ``linear2``) of 0.02 / sqrt(2 layers), as so many are summed; biases
     zero, norms one.
 
-    Reads Hugging Face checkpoints of GPT-2, Llama, Mistral and Qwen2.
+    To train it, compare ``logits[:, :-1]`` with ``input_ids[:, 1:]`` by
+    :func:`fusedformer.transformer.loss.cross_entropy` (or torch's). Hugging Face checkpoints of GPT-2, Llama, Mistral
+    and Qwen2 are read, sliding windows excepted.
 
     Args:
         config: what it is made of.

@@ -99,13 +99,16 @@ class CausalLayer(torch.nn.Module):
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, L, D), key and value (B, Hkv, L, D), of one product."""
-        heads = linear(x, self.in_proj.weight, self.in_proj.bias).unflatten(-1, (-1, self.head_dim))
-        together = self.nhead + self.num_kv_heads
+        batch, length, _ = x.shape
+        queries, keys = self.nhead, self.num_kv_heads
+        out = linear(x, self.in_proj.weight, self.in_proj.bias)
+        out = out.view(batch, length, queries + 2 * keys, self.head_dim)
         if rotation is None:
-            q, k, v = heads.transpose(1, 2).split([self.nhead, self.num_kv_heads, self.num_kv_heads], 1)
+            q, k, v = out.transpose(1, 2).split_with_sizes([queries, keys, keys], 1)
             return q, k, v
-        q, k = rotate(heads[:, :, :together], *rotation).transpose(1, 2).split([self.nhead, self.num_kv_heads], 1)
-        return q, k, heads[:, :, together:].transpose(1, 2)
+        both, v = out.split_with_sizes([queries + keys, keys], 2)
+        q, k = rotate(both, *rotation).transpose(1, 2).split_with_sizes([queries, keys], 1)
+        return q, k, v.transpose(1, 2)
 
     def _merge(self, out: Tensor) -> Tensor:
         """(B, H, L, D) to (B, L, d_model)."""

@@ -65,6 +65,8 @@ class SequenceClassifierConfig(ClassifierConfig):
 class SequenceClassifier(WithEncoder):
     """An encoder and a classifier of whole sequences, as BERT's for sentences and pairs of them.
 
+    To fine-tune a trained encoder, set ``encoder`` to it, such as ``Encoder.from_pretrained(folder)``.
+
     Args:
         config: what it is made of.
 
@@ -112,6 +114,8 @@ class SequenceClassifier(WithEncoder):
 
 class TokenClassifier(WithEncoder):
     """An encoder and a classifier of each token, as BERT's for named entities.
+
+    To fine-tune a trained encoder, set ``encoder`` to it, such as ``Encoder.from_pretrained(folder)``.
 
     Args:
         config: what it is made of.

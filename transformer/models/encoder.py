@@ -191,7 +191,7 @@ class _Embeddings(torch.nn.Module):
 
 
 class WithEncoder(PretrainedModel):
-    """A model whose ``encoder`` is an :class:`Encoder`: to start from a trained one, set that attribute to it."""
+    """A model whose ``encoder`` is an :class:`Encoder` of the same config."""
 
     config: EncoderConfig
 
@@ -270,6 +270,8 @@ class MaskedLanguageModel(WithEncoder):
 
 
 class _Head(torch.nn.Module):
+    """From the encoder's output to logits."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.activation = activation_function(config.activation)
