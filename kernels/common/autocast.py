@@ -15,13 +15,21 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     What is no tensor stays as it is; the first one's device decides.
     """
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _is_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors
     )
+
+
+def _is_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# What torch.compiler.assume_constant_result does, which imports Dynamo: torch 2.11's cannot trace that function.
+_is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
