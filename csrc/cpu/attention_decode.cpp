@@ -3,7 +3,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "decode_problem.h"
@@ -57,6 +61,23 @@ Problem sequence(const DecodeProblem& p, int64_t b) {
     return one;  // sinks are the same for every sequence
 }
 
+void append(DecodeProblem& p, const Tensor& key, const Tensor& value) {
+    p.appended = key.size(2);
+    append(p, p.key, key);
+    append(p, p.value, value);
+}
+
+void attend(const DecodeProblem& p, const Tensor& out, float* lse) {
+    if (p.block_table || is_decode(p)) return decode(p, rows(out), lse, nullptr);
+    std::vector<float> lse_residual(p.heads * p.len_q);
+    for (int64_t b = 0; b < p.batch; b++) {
+        const Problem one = sequence(p, b);
+        Rows one_out = rows(out);
+        one_out.data = at(one_out.data, p.type, b * one_out.batch);
+        chosen_kernels().forward(one, {one_out, lse + b * p.heads * p.len_q, lse_residual.data()}, runtime());
+    }
+}
+
 void attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, MaybeTensor key,
                       MaybeTensor value, MaybeTensor block_table, MaybeTensor alibi_slopes, MaybeTensor sinks,
                       double scale, int64_t window_left, int64_t window_right, double softcap, Tensor out, Tensor lse) {
@@ -76,20 +97,88 @@ void attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor
         p.block_table = static_cast<const int32_t*>(block_table->data_ptr());
         p.table_row = block_table->stride(0), p.table_column = block_table->stride(1), p.page = key_cache.size(2);
     }
-    if (key && value) {
-        p.appended = key->size(2);
-        append(p, p.key, *key);
-        append(p, p.value, *value);
+    if (key && value) append(p, *key, *value);
+    attend(p, out, static_cast<float*>(lse.data_ptr()));
+}
+
+Sizes sizes(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
+
+// Each slot, if it is to be written, at a place of its own.
+bool is_plain(const Tensor& x, Type type, bool is_written) {
+    if (x.dim() != 4 || !is_computed(x) || type_of(x) != type || x.stride(3) != 1) return false;
+    for (int64_t dim = 0; dim < 4; dim++)
+        if (x.size(dim) == 0 || (is_written && x.size(dim) > 1 && x.stride(dim) == 0)) return false;
+    return true;
+}
+
+// The lengths, if there are so many and each leaves room for what is appended.
+std::optional<std::vector<int64_t>> plain_lengths(const Tensor& x, int64_t batch, int64_t most) {
+    using torch::headeronly::ScalarType;
+    const bool is_narrow = x.scalar_type() == ScalarType::Int;
+    if (x.dim() != 1 || x.size(0) != batch || !(is_narrow || x.scalar_type() == ScalarType::Long)) return std::nullopt;
+    std::vector<int64_t> lengths(batch);
+    for (int64_t b = 0; b < batch; b++) {
+        const int64_t at = b * x.stride(0);
+        lengths[b] = is_narrow ? static_cast<int32_t*>(x.data_ptr())[at] : static_cast<int64_t*>(x.data_ptr())[at];
+        if (lengths[b] < 0 || lengths[b] > most) return std::nullopt;
     }
-    auto* lse_rows = static_cast<float*>(lse.data_ptr());
-    if (block_table || is_decode(p)) return decode(p, rows(out), lse_rows, nullptr);
-    std::vector<float> lse_residual(p.heads * p.len_q);
-    for (int64_t b = 0; b < p.batch; b++) {
-        const Problem one = sequence(p, b);
-        Rows one_out = rows(out);
-        one_out.data = at(one_out.data, p.type, b * one_out.batch);
-        chosen_kernels().forward(one, {one_out, lse_rows + b * p.heads * p.len_q, lse_residual.data()}, runtime());
+    return lengths;
+}
+
+bool are_blocks(const DecodeProblem& p, int64_t blocks) {
+    for (int64_t b = 0; b < p.batch; b++)
+        for (int64_t i = 0; i * p.page < p.lengths[b] + p.appended; i++) {
+            const int32_t block = p.block_table[b * p.table_row + i * p.table_column];
+            if (block < 0 || block >= blocks) return false;
+        }
+    return true;
+}
+
+// A step of decoding by the shortest way, as attention_plain.cpp does it for attention: nothing has been appended where
+// it returns nothing.
+std::optional<Tensor> plain(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor key,
+                            Tensor value, MaybeTensor block_table, std::optional<double> scale, bool is_causal) {
+    if (!is_computed(query)) return std::nullopt;
+    DecodeProblem p;
+    p.type = type_of(query);
+    for (const Tensor* x : {&query, &key, &value})
+        if (!is_plain(*x, p.type, false)) return std::nullopt;
+    for (const Tensor* x : {&key_cache, &value_cache})
+        if (!is_plain(*x, p.type, true)) return std::nullopt;
+    const auto [batch, heads, len_q, head_dim] = sizes(query);
+    const auto [rows_of_cache, heads_kv, slots, head_dim_k] = sizes(key_cache);
+    p.batch = batch, p.heads = heads, p.heads_kv = heads_kv, p.len_q = len_q;
+    p.head_dim = head_dim, p.head_dim_v = value_cache.size(3), p.appended = key.size(2);
+    if (head_dim_k != head_dim || heads % heads_kv != 0) return std::nullopt;
+    if (sizes(value_cache) != Sizes{rows_of_cache, heads_kv, slots, p.head_dim_v}) return std::nullopt;
+    if (sizes(key) != Sizes{batch, heads_kv, p.appended, head_dim}) return std::nullopt;
+    if (sizes(value) != Sizes{batch, heads_kv, p.appended, p.head_dim_v}) return std::nullopt;
+    int64_t capacity = slots;
+    if (block_table) {
+        const Tensor& table = *block_table;
+        if (table.scalar_type() != torch::headeronly::ScalarType::Int || table.dim() != 2 || table.size(0) != batch)
+            return std::nullopt;
+        p.block_table = static_cast<const int32_t*>(table.data_ptr());
+        p.table_row = table.stride(0), p.table_column = table.stride(1), p.page = slots;
+        capacity = slots * table.size(1);
+    } else if (rows_of_cache != batch) {
+        return std::nullopt;
     }
+    const auto lengths = plain_lengths(cache_seqlens, batch, capacity - p.appended);
+    if (!lengths) return std::nullopt;
+    p.lengths = lengths->data();
+    if (p.block_table && !are_blocks(p, rows_of_cache)) return std::nullopt;
+    p.query = rows(query), p.key = rows(key_cache), p.value = rows(value_cache);
+    p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+    p.window_left = -1, p.window_right = is_causal ? 0 : -1, p.softcap = 0.0;
+
+    const Sizes shape = {batch, heads, len_q, p.head_dim_v};
+    const Sizes strides = dense_strides(shape, {query.stride(0), query.stride(1), query.stride(2), 1});
+    Tensor out = new_tensor(query, 4, shape.data(), strides.data());
+    append(p, key, value);
+    const std::unique_ptr<float[]> lse(new float[batch * heads * len_q]);
+    attend(p, out, lse.get());
+    return out;
 }
 
 }  // namespace
@@ -118,8 +207,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
         "attention_decode_cpu(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
         "Tensor? key, Tensor? value, Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, float scale, "
         "int window_left, int window_right, float softcap, Tensor(c!) out, Tensor(d!) lse) -> ()");
+    m.def(
+        "attention_decode_plain_cpu(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
+        "Tensor key, Tensor value, Tensor? block_table, float? scale, bool is_causal) -> Tensor?");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {
     m.impl("attention_decode_cpu", TORCH_BOX(&fusedformer::attention_decode));
+    m.impl("attention_decode_plain_cpu", TORCH_BOX(&fusedformer::plain));
 }

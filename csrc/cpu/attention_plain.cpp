@@ -17,7 +17,6 @@ namespace {
 using namespace fusedformer;
 
 constexpr int64_t DIMS = 4;
-using Sizes = std::array<int64_t, DIMS>;
 
 struct Shape {
     Sizes sizes, strides;
@@ -30,16 +29,6 @@ struct Shape {
     }
     Rows rows(const Tensor& x) const { return {x.data_ptr(), strides[0], strides[1], strides[2]}; }
 };
-
-// Dense, its dimensions in memory in the order of the query's (`empty_in_order_of` in kernels/common/library.py).
-Sizes dense_strides(const Sizes& sizes, const Sizes& like) {
-    std::array<int, 3> order = {0, 1, 2};
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like[a] > like[b]; });
-    Sizes strides = {0, 0, 0, 1};
-    int64_t stride = sizes[3];
-    for (int i = 2; i >= 0; i--) strides[order[i]] = stride, stride *= sizes[order[i]];
-    return strides;
-}
 
 std::optional<Tensor> plain(Tensor query, Tensor key, Tensor value, std::optional<double> scale, bool is_causal,
                             bool enable_gqa) {

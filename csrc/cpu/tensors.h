@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <stdexcept>
 
@@ -43,6 +45,18 @@ inline bool is_computed(const Tensor& x) {
     using torch::headeronly::ScalarType;
     const ScalarType dtype = x.scalar_type();
     return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+using Sizes = std::array<int64_t, 4>;
+
+// Dense, its dimensions in memory in the order of the query's (`empty_in_order_of` in kernels/common/library.py).
+inline Sizes dense_strides(const Sizes& sizes, const Sizes& like) {
+    std::array<int, 3> order = {0, 1, 2};
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like[a] > like[b]; });
+    Sizes strides = {0, 0, 0, 1};
+    int64_t stride = sizes[3];
+    for (int i = 2; i >= 0; i--) strides[order[i]] = stride, stride *= sizes[order[i]];
+    return strides;
 }
 
 // Uninitialised, on the CPU, of the dtype of `like`.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common import native
-from ..common.backend import Candidate, select
+from ..common.backend import Candidate, is_free_to, select
 from ..common.checks import check_floating, check_tensor, dtype_name
 from . import kvcache_op, triton_support
 from .kvcache_problem import KVCacheProblem
@@ -122,6 +122,13 @@ def attention_with_kvcache(
     Source: equation (1) of "Attention Is All You Need" (Vaswani et al., 2017), the keys split as in Flash-Decoding (Dao
     et al., 2023); pages: PagedAttention (Kwon et al., 2023).
     """
+    no_rules = window is None and softcap is None and alibi_slopes is None and sinks is None and not return_lse
+    is_plain = no_rules and key is not None and value is not None and (scale is None or type(scale) is float)
+    if is_plain and is_free_to("cpu", backend):
+        tensors = (query, key_cache, value_cache, cache_seqlens, key, value, block_table)
+        out = native.short_way("attention_decode_plain_cpu", tensors, scale, bool(is_causal))
+        if out is not None:
+            return out
     check_tensor("query", query)
     for name, x in (("key_cache", key_cache), ("value_cache", value_cache), ("cache_seqlens", cache_seqlens)):
         check_tensor(name, x, device=query.device)

@@ -42,6 +42,15 @@ ACTIVATIONS = {
 }
 
 
+# By identity, as a callable need not be hashable; those of the table live as long as it does.
+_NAMES = {id(function): name for name, row in ACTIVATIONS.items() for function in (row.function, *row.also)}
+
+
+def name_of(activation: object) -> str | None:
+    """Of a name in the table, or a function of torch's that is in it; None for anything else."""
+    return activation if isinstance(activation, str) and activation in ACTIVATIONS else _NAMES.get(id(activation))
+
+
 def activation_function(activation: str | Function) -> Function:
     """The eager function, of a name in the table or a callable, which is its own."""
     return ACTIVATIONS[activation].function if isinstance(activation, str) else activation
@@ -59,7 +68,4 @@ def check_activation(activation: object) -> str | Function:
     if not callable(activation):
         expected = f"one of {tuple(ACTIVATIONS)}, or a callable"
         raise TypeError(f"activation: got {type(activation).__name__}, expected {expected}")
-    for name, row in ACTIVATIONS.items():
-        if any(activation is known for known in (row.function, *row.also)):
-            return name
-    return activation
+    return name_of(activation) or activation

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common import native, philox
-from ..common.activations import ACTIVATIONS, Function
+from ..common.activations import ACTIVATIONS, Function, name_of
 from ..common.autocast import autocast
 from ..common.backend import Candidate, is_free_to, select
 from . import native_cpu, op, reference, torch_feed_forward, triton_support
@@ -80,12 +80,12 @@ def feed_forward(
     ``torch.nn.TransformerEncoderLayer``; gates: Shazeer, "GLU Variants Improve Transformer", 2020, equation (6); GELU:
     Hendrycks and Gimpel, 2016; ReLU squared: So et al., "Primer", 2021.
     """
-    known = ACTIVATIONS.get(activation) if isinstance(activation, str) else None
+    known = name_of(activation)
     drops = not (type(dropout_p) is type(residual_dropout_p) is float and dropout_p == residual_dropout_p == 0.0)
     if known is not None and not drops and precision is None and seed is None and is_free_to("cpu", backend):
         tensors = (input, weight1, weight2, bias1, bias2, gate_weight, gate_bias, residual)
         weights = (weight1, weight2, gate_weight)
-        plain = native.short_way("feed_forward_plain_cpu", tensors, known.number, weights=weights)
+        plain = native.short_way("feed_forward_plain_cpu", tensors, ACTIVATIONS[known].number, weights=weights)
         if plain is not None:
             return plain
     input, weight1, weight2, bias1, bias2, gate_weight, gate_bias, residual = autocast(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 import fusedformer
 from fusedformer.functional import attention_with_kvcache
 from fusedformer.kernels.common import native
+from fusedformer.kernels.common.backend import record_decisions
 from tests.kernels.attention.caches import call, make_cache, naive
-from tests.lanes import CPU, REFERENCE, TRITON, every_triton
+from tests.lanes import CPU, REFERENCE, TRITON, built, every_triton
+from tests.operators import is_short
 from tests.tolerances import assert_equal_bits
 
 
@@ -86,14 +89,64 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named_and_nothing_is_appended(mistake: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_mistakes_are_named_and_nothing_is_appended(mistake: str, backend: str) -> None:
     given, error, message = MISTAKES[mistake]
-    arguments = good() | {"backend": "reference"} | given
+    arguments = good() | {"backend": backend} | given
     before = {name: arguments[name].clone() for name in ("key_cache", "value_cache")}
     with pytest.raises(error, match=message):
         attention_with_kvcache(**arguments)
     for name, expected in before.items():
         torch.testing.assert_close(arguments[name], expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "one query": {"lengths": [79, 0, 33]},
+    "a long cache": {"lengths": [1500, 700], "slots": 1600, "head_dim": 16},
+    "several queries": {"lengths": [60, 1, 0], "len_q": 5},
+    "a prompt": {"lengths": [0, 9], "len_q": 40},
+    "not causal": {"lengths": [7, 64], "len_q": 3, "is_causal": False},
+    "value dim": {"lengths": [65], "heads": 6, "head_dim": 72, "head_dim_v": 24, "scale": 0.2},
+}
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page", [None, 7])
+@pytest.mark.parametrize("said", PLAIN)
+def test_the_short_way_gives_what_the_long_one_does(
+    said: str, page: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    cache = make_cache(**PLAIN[said], dtype=dtype)
+    if page is not None:
+        cache = cache.paged(page)
+    cache.query = cache.query.transpose(1, 2).contiguous().transpose(1, 2)  # as a projection leaves it
+    for lengths in (cache.cache_seqlens, cache.cache_seqlens.int(), cache.cache_seqlens.repeat(2).view(2, -1).T[:, 0]):
+        short, long = cache.copy(), cache.copy()
+        results = []
+        for given in (short, long):
+            arguments = (given.query, given.key_cache, given.value_cache, lengths)
+            step = partial(call, *arguments, **given.options)
+            if given is short:
+                assert is_short(lambda: results.append(step()), monkeypatch)  # noqa: B023
+            else:
+                with record_decisions():  # which is never skipped
+                    results.append(step())
+        assert_equal_bits(*results)
+        assert results[0].stride() == results[1].stride()
+        for name in ("key_cache", "value_cache"):
+            assert torch.equal(getattr(short, name).isnan(), getattr(long, name).isnan())
+            assert_equal_bits(getattr(short, name).nan_to_num(), getattr(long, name).nan_to_num(), name)
+
+
+@built
+def test_the_short_way_is_left_where_there_is_more_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_short(lambda: call(**good()), monkeypatch)
+    for options in (
+        {"window": (3, 3)}, {"softcap": 1.0}, {"alibi_slopes": torch.ones(4)}, {"sinks": torch.ones(4)},
+        {"return_lse": True}, {"backend": "reference"}, {"key": None, "value": None},
+    ):  # fmt: skip
+        assert not is_short(lambda: call(**good() | options), monkeypatch), options  # noqa: B023
 
 
 @pytest.mark.parametrize("name", ["query", "key_cache", "value_cache", "key", "value"])
