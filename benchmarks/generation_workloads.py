@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ class Generation:
     def missing(self) -> str | None:
         needed = [("transformers", "transformers")]
         if self.model == "smollm2":
-            needed += [(SMOLLM2, SMOLLM2_MODULE), ("gguf", "gguf")]
+            needed += [(SMOLLM2, SMOLLM2_MODULE), ("gguf", "gguf"), ("accelerate", "accelerate")]
         absent = [name for name, module in needed if importlib.util.find_spec(module) is None]
         return f"{' and '.join(absent)} not installed (pip install {' '.join(absent)})" if absent else None
 
@@ -195,22 +196,7 @@ class Generation:
         return CausalLanguageModel.from_huggingface(stock).to(device, dtype).eval()
 
     def _stock(self, dtype: torch.dtype) -> Any:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: nothing here may ask the network
-        from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        if self.model == "smollm2":
-            spec = importlib.util.find_spec(SMOLLM2_MODULE)
-            assert spec is not None
-            assert spec.origin is not None
-            (file,) = Path(spec.origin).parent.rglob("*.gguf")
-            return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype).eval()
-        config = GPT2Config(vocab_size=37_000, n_embd=512, n_layer=6, n_head=8, bos_token_id=0, eos_token_id=0)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model: torch.nn.Module = GPT2LMHeadModel(config)
-        return model.to(dtype).eval()
+        return copy.deepcopy(_stock_model(self.model)).to(dtype)
 
     def _prompt(self, device: str) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -228,3 +214,23 @@ class Generation:
         with torch.inference_mode():
             found = model(prompt)
         return found if isinstance(found, Tensor) else found.logits
+
+
+@cache
+def _stock_model(name: str) -> Any:
+    """Hugging Face's, in float32."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: nothing here may ask the network
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if name == "smollm2":
+        spec = importlib.util.find_spec(SMOLLM2_MODULE)
+        assert spec is not None
+        assert spec.origin is not None
+        (file,) = Path(spec.origin).parent.rglob("*.gguf")
+        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    config = GPT2Config(vocab_size=37_000, n_embd=512, n_layer=6, n_head=8, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()

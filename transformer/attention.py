@@ -147,8 +147,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, L, embed_dim) to (B, H, L, head_dim)."""
-        heads: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim))
-        return heads.transpose(1, 2)
+        batch, length, _ = x.shape
+        return x.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
 
     def _out(self, out: Tensor) -> Tensor:
         """(B, H, L, head_dim) to (B, L, embed_dim)."""
