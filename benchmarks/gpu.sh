@@ -13,7 +13,7 @@
 set -uo pipefail
 
 STAGES=(build tests numerics bench full)
-declare -A SECONDS_OF=([build]=120 [tests]=240 [numerics]=90 [bench]=420 [full]=590)
+declare -A SECONDS_OF=([build]=120 [tests]=300 [numerics]=90 [bench]=480 [full]=590)
 
 usage() {
     sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
