@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedformer import explain
 from fusedformer.functional import attention
-from fusedformer.kernels.attention import native_cpu
+from fusedformer.kernels.attention import native_cpu, problem
 from fusedformer.kernels.common import native
 from fusedformer.kernels.common.explain import report
 from tests.cases import CASES, Case, make_inputs
@@ -314,7 +314,7 @@ def test_nothing_beside_the_results_is_written(
     inputs = make_inputs(case, dtype, "cpu", seed)
     plain = results(fused("cpu"), inputs)
     framed = Framed()
-    monkeypatch.setattr(native_cpu, "empty_in_order_of", framed)
+    monkeypatch.setattr(problem, "empty_in_order_of", framed)
     monkeypatch.setattr(native_cpu, "gradient_like", framed)
     for name, x in results(fused("cpu"), inputs).items():
         assert_equal_bits(x, plain[name], name)
