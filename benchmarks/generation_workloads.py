@@ -157,7 +157,7 @@ class Generation:
         return f"{' and '.join(absent)} not installed (pip install {' '.join(absent)})" if absent else None
 
     def few(self) -> Generation:
-        return replace(self, batch=1, prompt=max(2, self.prompt // 16), new=max(2, self.new // 16))
+        return replace(self, prompt=max(2, self.prompt // 16), new=max(2, self.new // 16))
 
     def prepare(self, dtype: str, device: str) -> Prepared:
         calls: dict[str, Call] = {}
