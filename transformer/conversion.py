@@ -15,6 +15,7 @@ from .decoder import TransformerDecoder, TransformerDecoderLayer
 from .encoder import TransformerEncoder, TransformerEncoderLayer
 from .feed_forward import FeedForward
 from .frozen import freeze, unfreeze
+from .linear import FusedLinear
 
 # torch's classes, and ours with the same attributes, so that changing an instance's class is all it takes.
 FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -27,7 +28,7 @@ FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 STOCK: tuple[type[torch.nn.Module], ...] = tuple(FUSED)
 OURS: tuple[type[torch.nn.Module], ...] = tuple(FUSED.values())
 # Whose weights are all multiplied by our kernels.
-MULTIPLIED = (MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, FeedForward)
+MULTIPLIED = (MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer, FeedForward, FusedLinear)
 # What changes besides the speed.
 NOTED: dict[type[torch.nn.Module], str] = {TransformerEncoder: "; padding rows are not 0 in eval mode"}
 
@@ -98,8 +99,9 @@ def fuse(model: torch.nn.Module, *, verify: Any = None, frozen: bool = False) ->
     torch's attention, encoder and decoder layers and their stacks become those of ``fusedformer.nn`` by their class
     alone: the module, its parameters, ``requires_grad`` and hooks stay the objects they are. A subclass is left as it
     is, what is in it is not. A Hugging Face model gets the attention implementation "fusedformer" in
-    its configuration, which models built from the same configuration object share; layers that are BERT's or copies of
-    them run their feed-forward half and residual connections on fused kernels too.
+    its configuration, which models built from the same configuration object share; its linear layers, and
+    layers that are BERT's or Llama's or copies of them, run on fused kernels too: feed-forward network, norm, BERT's
+    residual connections.
 
     Args:
         model: any module. Itself, too, is swapped if it is an attention.
@@ -214,17 +216,17 @@ def _swap_huggingface(model: torch.nn.Module) -> Iterator[Entry]:
 def _swap_layers(model: torch.nn.Module) -> Iterator[Entry]:
     from . import huggingface_layers as layers
 
+    ours = [module for module in model.modules() if isinstance(module, MULTIPLIED)]
+    read = {id(part) for module in ours for part in module.modules()}  # whose parameters are read where they are
     for name, module in model.named_modules():
         kind, combined, reason = type(module).__name__, layers.fused_class(module), layers.refusal(module)
-        if combined is None:
+        if combined is None or id(module) in read:
             continue
         if reason is not None:
             yield Entry(name, kind, LEFT, reason)
             continue
         _change(module, "__class__", combined)
-        is_whole = issubclass(combined, layers.FusedFeedForward)
-        what = "feed-forward network and residual" if is_whole else "dropout, residual and norm"
-        yield Entry(name, kind, SWAPPED, f"{what} fused")
+        yield Entry(name, kind, SWAPPED, layers.description(combined))
 
 
 def _huggingface() -> Any:
