@@ -1,9 +1,14 @@
-"""Builds the optional native extension; every other fact about the package stands in pyproject.toml.
+"""Builds the optional extensions; every other fact about the package stands in pyproject.toml.
 
-All of ``csrc/cpu/**/*.cpp`` becomes one library, ``fusedformer/_native.abi3.so``, on torch's stable ABI: one build
-serves every torch from 2.11 and every Python from 3.10. Where torch or a C++20 compiler that knows the instruction sets
-is missing, or fails, the package installs without it; one line says why, and ``python -m fusedformer`` repeats it.
-``FUSEDFORMER_EMULATED=1`` adds the level that runs the AMX kernels in plain code, for tests on any machine.
+All of ``csrc/cpu/**/*.cpp`` becomes one library, ``fusedformer/_native.abi3.so``, all of ``csrc/cuda/*.cu`` another,
+``_native_cuda.abi3.so``, on torch's stable ABI: one build serves every torch from 2.11 and every Python from 3.10.
+Where torch or a compiler is missing, or fails, the package installs without; one line says why, and
+``python -m fusedformer`` repeats it.
+
+Environment:
+    FUSEDFORMER_CUDA: 1 builds the CUDA kernels for a torch without CUDA too, 0 never does.
+    FUSEDFORMER_EMULATED: 1 adds what tests other machines' kernels on any: a level that runs AMX in plain code, and
+        ``_native_emulated.abi3.so``, the CUDA kernels over an emulation of the GPU.
 """
 
 from __future__ import annotations
@@ -12,8 +17,10 @@ import importlib.util
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -38,7 +45,14 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-psabi",
 ]
-EMULATED = ["-DFUSEDFORMER_EMULATED"] if os.environ.get("FUSEDFORMER_EMULATED") == "1" else []
+IS_EMULATED = os.environ.get("FUSEDFORMER_EMULATED") == "1"
+EMULATED = ["-DFUSEDFORMER_EMULATED"]
+NVCC_FLAGS = ["-O3", STANDARD, "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+# What a file of CUDA kernels is compiled for: Hopper's own instructions, or what every GPU since Ampere has.
+HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
+AMPERE_AND_LATER = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
+AMPERE_AND_LATER.append("-gencode=arch=compute_90,code=compute_90")
+ARCHITECTURES = {"attention_decode.cu": AMPERE_AND_LATER}
 PROBE = """
 #include <immintrin.h>
 #include <torch/csrc/stable/library.h>
@@ -46,7 +60,8 @@ PROBE = """
 void zero() { _tile_zero(0); }
 """
 PACKAGE = Path("src/fusedformer")
-ABSENT = "_native_absent.txt"  # says why, to kernels/common/native.py
+CPU, CUDA, ON_HOST = "_native", "_native_cuda", "_native_emulated"
+SAID = {CPU: "native extension", CUDA: "CUDA extension", ON_HOST: "emulation of the CUDA extension"}
 
 
 def platform_refusal() -> str | None:
@@ -73,18 +88,65 @@ def compiler_failure(include_dirs: list[str]) -> str | None:
     return None
 
 
-def native_extension() -> dict[str, Any]:
-    """The arguments of ``setup`` that build the extension; none when there is nothing to build, or to build it with."""
-    sources = sorted(glob("csrc/cpu/**/*.cpp", recursive=True))
-    if not sources or BUILD_COMMANDS.isdisjoint(sys.argv):
+def cuda_refusal() -> str | None:
+    """Why no CUDA kernels are built; None when they are."""
+    import torch
+
+    asked = os.environ.get("FUSEDFORMER_CUDA")
+    if asked == "0":
+        return "FUSEDFORMER_CUDA=0 asks for none"
+    if torch.version.cuda is None and asked != "1":
+        return "torch is built without CUDA"
+    if cuda_home() is None:
+        return "nvcc is not on the path, and neither CUDA_HOME nor /usr/local/cuda has it"
+    return None
+
+
+def cuda_home() -> Path | None:
+    """The folder of the CUDA toolkit, one that has a compiler."""
+    found = shutil.which("nvcc")
+    folders = [os.environ.get("CUDA_HOME"), found and Path(found).resolve().parent.parent, "/usr/local/cuda"]
+    return next((Path(folder) for folder in folders if folder and Path(folder, "bin", "nvcc").exists()), None)
+
+
+def compile_cuda(sources: list[str], folder: Path) -> list[str]:
+    """The object files of ``sources``, compiled side by side."""
+    home = cuda_home()
+    assert home is not None
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: str) -> str:
+        name = Path(source).name
+        target = str(folder / f"{name}.o")
+        command = [
+            str(home / "bin" / "nvcc"),
+            "-c",
+            source,
+            "-o",
+            target,
+            *NVCC_FLAGS,
+            *ARCHITECTURES.get(name, HOPPER),
+        ]
+        process = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        print(shlex.join(command), process.stdout, sep="\n", flush=True)
+        if process.returncode != 0:
+            raise CompileError(f"nvcc fails on {source}: exit status {process.returncode}")
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def extensions() -> dict[str, Any]:
+    """The arguments of ``setup`` that build what can be built here."""
+    cpu, cuda = sorted(glob("csrc/cpu/**/*.cpp", recursive=True)), sorted(glob("csrc/cuda/*.cu"))
+    if BUILD_COMMANDS.isdisjoint(sys.argv):
         return {}
     refusal = platform_refusal()
+    if refusal is None and importlib.util.find_spec("torch") is None:
+        refusal = "torch is not installed where the build runs (pip install --no-build-isolation builds with yours)"
     if refusal is not None:
         return without(refusal)
-    if importlib.util.find_spec("torch") is None:
-        return without(
-            "torch is not installed where the build runs (pip install --no-build-isolation builds with yours)"
-        )
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
     failure = compiler_failure(include_paths())
@@ -93,35 +155,63 @@ def native_extension() -> dict[str, Any]:
 
     class BuildOptional(BuildExtension):
         def build_extension(self, extension: Any) -> None:
-            (PACKAGE / ABSENT).unlink(missing_ok=True)
+            name = extension.name.rpartition(".")[2]
+            note(name).unlink(missing_ok=True)
             try:
+                if name == CUDA:
+                    extension.extra_objects = compile_cuda(cuda, Path(self.build_temp, "cuda"))
                 super().build_extension(extension)
             except (CompileError, LinkError, RuntimeError) as error:  # ninja's failures are RuntimeErrors
-                reason = f"the C++ compiler {os.environ['CXX']!r} fails, see its messages above: {error}"
-                without(reason.splitlines()[0], Path(self.build_lib, "fusedformer"))
+                reason = str(error).splitlines()[0]
+                if not reason.startswith("nvcc"):
+                    reason = f"the C++ compiler {os.environ['CXX']!r} fails, see its messages above: {reason}"
+                without(reason, Path(self.build_lib, "fusedformer"), names=[name])
 
-    extension = CppExtension(
-        "fusedformer._native",
-        sources,
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
-        extra_compile_args=[*FLAGS, STANDARD, STABLE_ABI, *EMULATED],
-        py_limited_api=True,
-        optional=True,
-    )
+    def extension(name: str, sources: list[str], flags: list[str], **options: Any) -> Any:
+        return CppExtension(
+            f"fusedformer.{name}",
+            sources,
+            depends=sorted(glob("csrc/**/*.h", recursive=True) + cuda),
+            extra_compile_args=[*FLAGS, STANDARD, STABLE_ABI, *flags],
+            py_limited_api=True,
+            optional=True,
+            **options,
+        )
+
+    binding = ["csrc/cuda/binding.cpp"]
+    found = [extension(CPU, cpu, EMULATED if IS_EMULATED else [])] if cpu else []
+    if cuda and IS_EMULATED:
+        found.append(extension(ON_HOST, binding + sorted(glob("csrc/cuda/emulator/*.cpp")), EMULATED))
+    refusal = cuda_refusal() if cuda else None
+    if refusal is not None:
+        without(refusal, names=[CUDA])
+    elif cuda:
+        home = cuda_home()
+        assert home is not None
+        toolkit = {"include_dirs": [str(home / "include")], "library_dirs": [str(home / "lib64")]}
+        found.append(extension(CUDA, binding, [], libraries=["cudart_static", "dl", "rt"], **toolkit))
+    if not found:
+        return {}
     return {
-        "ext_modules": [extension],
+        "ext_modules": found,
         "cmdclass": {"build_ext": BuildOptional},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-def without(reason: str, built: Path = PACKAGE) -> dict[str, Any]:
+def note(name: str, folder: Path = PACKAGE) -> Path:
+    """The file that says why an extension is absent, to kernels/common/extension.py."""
+    return folder / f"{name}_absent.txt"
+
+
+def without(reason: str, built: Path = PACKAGE, names: list[str] | None = None) -> dict[str, Any]:
     """Says so now, and in the package: in its sources, and where they have been copied to be packed."""
-    print(f"fusedformer: no native extension: {reason}", file=sys.stderr)
-    for folder in (PACKAGE, built):
-        if folder.is_dir():
-            (folder / ABSENT).write_text(f"{reason}\n")
+    for name in names or [CPU, CUDA]:
+        print(f"fusedformer: no {SAID[name]}: {reason}", file=sys.stderr)
+        for folder in (PACKAGE, built):
+            if folder.is_dir():
+                note(name, folder).write_text(f"{reason}\n")
     return {}
 
 
-setup(**native_extension())
+setup(**extensions())

@@ -3,20 +3,21 @@
 #
 #   benchmarks/gpu.sh FOLDER [--dry-run] [STAGE ...]
 #
-# Builds the extension, runs the GPU tests, the numerics report and the benchmark with every SDPA backend by name, in that
-# order, each stage within its time. FOLDER gets the raw results, each stage's log and status, and summary.md. Run again
-# with the same FOLDER, it goes on where it stopped: a stage that passed is not repeated. STAGE names the ones to run,
-# else all do. --dry-run runs a miniature of each, without a GPU, to show that this script works.
+# Builds the extensions, runs the GPU tests, a few of them under compute-sanitizer, the numerics report and the benchmark
+# with every SDPA backend by name, in that order, each stage within its time. FOLDER gets the raw results, each stage's
+# log and status, and summary.md. Run again with the same FOLDER, it goes on where it stopped: a stage that passed is not
+# repeated. STAGE names the ones to run, else all do. --dry-run runs a miniature of each, without a GPU, to show that
+# this script works.
 #
 # Environment: PYTHON (python3); COMMIT, what the results are filed under where there is no git.
 # Exit status: 0 when every stage passed, now or before.
 set -uo pipefail
 
-STAGES=(build tests numerics bench full)
-declare -A SECONDS_OF=([build]=120 [tests]=300 [numerics]=90 [bench]=480 [full]=590)
+STAGES=(build tests sanitizer numerics bench full)
+declare -A SECONDS_OF=([build]=240 [tests]=300 [sanitizer]=240 [numerics]=90 [bench]=480 [full]=590)
 
 usage() {
-    sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
 }
 
@@ -45,18 +46,31 @@ mkdir -p "$folder" || exit 2
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONPATH=src PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
+export python=${PYTHON:-python3}
+
+# A small selection under each of compute-sanitizer's tools. Allocations are torch's own, one by one: in a pool, what
+# lies beyond a tensor is memory too.
+sanitize() {
+    local tool
+    for tool in memcheck racecheck synccheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            "$python" -m pytest -m gpu -q -x -p no:cacheprovider tests/kernels -k sanitized || return
+    done
+}
+export -f sanitize
 
 # The command of a stage, in the array `command`.
 command_of() {
     case $1${dry:+ dry} in
     build) command=("$python" setup.py build_ext --inplace) ;;
     tests) command=("$python" -m pytest -m gpu -q -p no:cacheprovider) ;;
+    sanitizer) command=(sanitize) ;;
     numerics) command=("$python" -m benchmarks numerics --out "$folder/numerics") ;;
     bench) command=("$python" -m benchmarks --out "$folder/bench") ;;
     full) command=("$python" -m benchmarks --full --out "$folder/full") ;;
     "build dry") command=("$python" setup.py --name) ;;
     "tests dry") command=("$python" -m pytest -m gpu -q -p no:cacheprovider tests/test_benchmarks.py) ;;
+    "sanitizer dry") command=("$python" -m pytest -m gpu -q -p no:cacheprovider tests/kernels -k sanitized) ;;
     "numerics dry") command=("$python" -m benchmarks numerics --quick --out "$folder/numerics") ;;
     "bench dry") command=("$python" -m benchmarks --quick --only fp32 --out "$folder/bench") ;;
     "full dry") command=("$python" -m benchmarks --quick --only fp16 --out "$folder/full") ;;
@@ -74,7 +88,7 @@ passed() {
 run_stage() {
     local stage=$1 started=$SECONDS status
     command_of "$stage"
-    timeout --kill-after=10 "${SECONDS_OF[$stage]}" "${command[@]}" >"$folder/$stage.log" 2>&1
+    timeout --kill-after=10 "${SECONDS_OF[$stage]}" bash -c '"$@"' "$stage" "${command[@]}" >"$folder/$stage.log" 2>&1
     status=$?
     if [[ $status == 124 && -f $folder/$stage/results.jsonl ]]; then
         "$python" -m benchmarks report "$folder/$stage" >>"$folder/$stage.log" 2>&1 # of what was measured in time

@@ -16,17 +16,19 @@ from ..common import native, philox
 from ..common.autocast import autocast
 from ..common.backend import AUTO, Candidate, is_free_to, select
 from ..common.checks import check_shape, check_tensor
+from ..common.cuda import ABSENT
 from ..common.library import distinct
-from . import native_cpu, op, reference, torch_sdpa, triton_support
+from . import native_cpu, native_cuda, op, reference, torch_sdpa, triton_support
 from .problem import AttentionProblem, canonical
 
 CANDIDATES = {
-    "cuda": Candidate(lambda p, automatic: native.refusals(p.query.device.type, "cuda", "attention_forward_cuda")),
+    "cuda": Candidate(native_cuda.refusals, native_cuda.workspace, native_cuda.notes),
     "triton": Candidate(triton_support.refusals, triton_support.workspace, triton_support.notes),
     "cpu": Candidate(native_cpu.refusals, native_cpu.workspace, native_cpu.notes),
     "torch": Candidate(torch_sdpa.refusals, torch_sdpa.workspace),
     "reference": Candidate(lambda p, automatic: [], reference.workspace),
 }
+WEIGHTS_CANDIDATES = {**CANDIDATES, "cuda": ABSENT}
 
 
 @overload
@@ -279,7 +281,7 @@ def attention_weights(
     )
     check_tensor("lse", lse, device=query.device)
     check_shape("lse", lse, query.shape[:3], "(B, H, L)")
-    chosen = select("attention_weights", CANDIDATES, problem, backend)
+    chosen = select("attention_weights", WEIGHTS_CANDIDATES, problem, backend)
     return _run_weights(chosen, problem, lse, average_heads)
 
 
@@ -319,7 +321,7 @@ def attention_with_weights(
         None,
         False,
     )
-    chosen = select("attention_with_weights", CANDIDATES, problem, backend)
+    chosen = select("attention_with_weights", WEIGHTS_CANDIDATES, problem, backend)
     if chosen in ("torch", "reference"):
         if chosen == "torch":
             out, weights = torch_sdpa.composite_with_weights(problem)

@@ -14,12 +14,12 @@ from torch import Tensor
 from ..common import native
 from ..common.backend import Candidate, is_free_to, select
 from ..common.checks import check_floating, check_tensor, dtype_name
-from . import kvcache_op, triton_support
+from . import kvcache_op, native_cuda, triton_support
 from .kvcache_problem import KVCacheProblem
 from .problem import check_scale_and_softcap, check_window, per_head
 
 CANDIDATES = {
-    "cuda": Candidate(lambda p, automatic: native.refusals(p.query.device.type, "cuda", "attention_decode_cuda")),
+    "cuda": Candidate(native_cuda.cache_refusals, native_cuda.cache_workspace, native_cuda.cache_notes),
     "triton": Candidate(triton_support.cache_refusals, triton_support.cache_workspace, triton_support.cache_notes),
     "cpu": Candidate(kvcache_op.cpu_refusals, kvcache_op.cpu_workspace, kvcache_op.cpu_notes),
     "torch": Candidate(lambda p, automatic: ["SDPA knows neither the lengths nor the pages of a cache"]),

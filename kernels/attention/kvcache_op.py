@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common import native
 from ..common.library import LIBRARY, empty_in_order_of, is_watched, register
-from . import reference
+from . import native_cuda, reference
 from .kvcache_problem import KVCacheProblem
 
 _NATIVE = "attention_decode_cpu"
@@ -210,4 +210,4 @@ def _in_one_piece(problem: KVCacheProblem, cache: Tensor) -> Tensor:
     return cache[table.long().clamp(0, blocks - 1)].transpose(1, 2).flatten(2, 3)
 
 
-_IMPLEMENTATIONS = {"cpu": _native, "reference": _reference, "triton": _triton}
+_IMPLEMENTATIONS = {"cuda": native_cuda.decode, "cpu": _native, "reference": _reference, "triton": _triton}

@@ -61,7 +61,12 @@ def _implementation(backend: str) -> ModuleType:
         from . import native_cpu
 
         return native_cpu
-    raise ValueError(f"backend: got {backend!r}, expected one with registered attention kernels: triton, cpu, torch")
+    if backend == "cuda":
+        from . import native_cuda
+
+        return native_cuda
+    expected = "one with registered attention kernels: cuda, triton, cpu, torch"
+    raise ValueError(f"backend: got {backend!r}, expected {expected}")
 
 
 def _problem(inputs: tuple[Any, ...], settings: tuple[Any, ...]) -> AttentionProblem:

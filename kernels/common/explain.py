@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import native
+from . import cuda, native
 from .backend import BackendRefused, Explanation, record_decisions
 from .device import TRITON_INSTALLED, TRITON_INTERPRETED, architecture
 
@@ -68,9 +68,11 @@ def backends() -> Backends:
         triton = "triton is not installed"
     elif TRITON_INTERPRETED:
         triton = "interpreted (TRITON_INTERPRET=1): runs on the CPU when asked for by name"
-    cuda = native.missing("attention_forward_cuda") if has_gpu else "no GPU"
+    compiled: str | None = cuda.ON_GPU.absence if has_gpu else "no GPU"
+    if compiled is not None and cuda.EMULATED.absence is None:
+        compiled += "; emulated: runs on the CPU when asked for by name"
     cpu = native.missing("attention_forward_cpu")
-    return Backends({"cuda": cuda, "triton": triton, "cpu": cpu, "torch": None, "reference": None})
+    return Backends({"cuda": compiled, "triton": triton, "cpu": cpu, "torch": None, "reference": None})
 
 
 def report() -> str:
@@ -92,6 +94,7 @@ def report() -> str:
         for name, refusal in native.levels().items():
             said = f"refused: {refusal}" if refusal else "in use" if name == in_use else "could run"
             lines.append(f"  {name:<10} {said}")
+    lines.append(f"CUDA kernels {cuda.ON_GPU.absence or cuda.ON_GPU.path}")
     return "\n".join([*lines, "", "backends, in the order of auto:", str(backends())])
 
 

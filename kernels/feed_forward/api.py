@@ -13,11 +13,12 @@ from ..common import native, philox
 from ..common.activations import ACTIVATIONS, Function, name_of
 from ..common.autocast import autocast
 from ..common.backend import Candidate, is_free_to, select
+from ..common.cuda import ABSENT
 from . import native_cpu, op, reference, torch_feed_forward, triton_support
 from .problem import FeedForwardProblem, canonical
 
 CANDIDATES = {
-    "cuda": Candidate(lambda p, automatic: native.refusals(p.input.device.type, "cuda", "feed_forward_forward_cuda")),
+    "cuda": ABSENT,
     "triton": Candidate(triton_support.refusals, triton_support.workspace, triton_support.notes),
     "cpu": Candidate(native_cpu.refusals, native_cpu.workspace, native_cpu.notes),
     "torch": Candidate(torch_feed_forward.refusals, torch_feed_forward.workspace),

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..common import native, philox
 from ..common.backend import Candidate, is_free_to, select
+from ..common.cuda import ABSENT
 from . import native_cpu, op, reference, torch_norm, triton_support
 from .problem import LAYER_NORM, RMS_NORM, NormProblem, canonical
 
 CANDIDATES = {
-    "cuda": Candidate(lambda p, automatic: native.refusals(p.input.device.type, "cuda", "norm_forward_cuda")),
+    "cuda": ABSENT,
     "triton": Candidate(triton_support.refusals, triton_support.workspace, triton_support.notes),
     "cpu": Candidate(native_cpu.refusals, native_cpu.workspace, native_cpu.notes),
     "torch": Candidate(torch_norm.refusals, torch_norm.workspace),
