@@ -137,6 +137,16 @@ def compile_cuda(sources: list[str], folder: Path) -> list[str]:
         return list(pool.map(compiled, sources))
 
 
+def for_host(sources: list[str]) -> list[str]:
+    """C++ files that stand for ``sources``: what a file is called decides who compiles it."""
+    folder = Path("build", "emulated")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {folder / f"{Path(source).stem}.cpp": f'#include "{Path(source).resolve()}"\n' for source in sources}
+    for file, text in files.items():
+        file.write_text(text)
+    return list(map(str, files))
+
+
 def extensions() -> dict[str, Any]:
     """The arguments of ``setup`` that build what can be built here."""
     cpu, cuda = sorted(glob("csrc/cpu/**/*.cpp", recursive=True)), sorted(glob("csrc/cuda/*.cu"))
@@ -181,7 +191,8 @@ def extensions() -> dict[str, Any]:
     binding = ["csrc/cuda/binding.cpp"]
     found = [extension(CPU, cpu, EMULATED if IS_EMULATED else [])] if cpu else []
     if cuda and IS_EMULATED:
-        found.append(extension(ON_HOST, binding + sorted(glob("csrc/cuda/emulator/*.cpp")), EMULATED))
+        emulator = sorted(glob("csrc/cuda/emulator/*.cpp"))
+        found.append(extension(ON_HOST, binding + emulator + for_host(cuda), EMULATED))
     refusal = cuda_refusal() if cuda else None
     if refusal is not None:
         without(refusal, names=[CUDA])

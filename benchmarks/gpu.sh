@@ -3,18 +3,20 @@
 #
 #   benchmarks/gpu.sh FOLDER [--dry-run] [STAGE ...]
 #
-# Builds the extensions, runs the GPU tests, a few of them under compute-sanitizer, the numerics report and the benchmark
-# with every SDPA backend by name, in that order, each stage within its time. FOLDER gets the raw results, each stage's
-# log and status, and summary.md. Run again with the same FOLDER, it goes on where it stopped: a stage that passed is not
-# repeated. STAGE names the ones to run, else all do. --dry-run runs a miniature of each, without a GPU, to show that
-# this script works.
+# Builds the extensions, runs the GPU tests, a few of them under compute-sanitizer, the numerics report, the benchmark with
+# every SDPA backend by name, and of what the CUDA extension has kernels for on these, in that order, each stage within
+# its time. FOLDER gets the raw results, each stage's log and status, and summary.md. Run again with the same FOLDER, it
+# goes on where it stopped: a stage that passed is not repeated. STAGE names the ones to run, else all do. --dry-run runs
+# a miniature of each, without a GPU, to show that this script works.
 #
 # Environment: PYTHON (python3); COMMIT, what the results are filed under where there is no git.
 # Exit status: 0 when every stage passed, now or before.
 set -uo pipefail
 
-STAGES=(build tests sanitizer numerics bench full)
-declare -A SECONDS_OF=([build]=240 [tests]=300 [sanitizer]=240 [numerics]=90 [bench]=480 [full]=590)
+STAGES=(build tests sanitizer numerics bench cuda full)
+declare -A SECONDS_OF=([build]=240 [tests]=300 [sanitizer]=240 [numerics]=90 [bench]=480 [cuda]=300 [full]=590)
+
+BY_CUDA='^(fp16|bf16)-.*-(dense|causal|decode)-'
 
 usage() {
     sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
@@ -67,12 +69,14 @@ command_of() {
     sanitizer) command=(sanitize) ;;
     numerics) command=("$python" -m benchmarks numerics --out "$folder/numerics") ;;
     bench) command=("$python" -m benchmarks --out "$folder/bench") ;;
+    cuda) command=("$python" -m benchmarks --backend cuda --only "$BY_CUDA" --out "$folder/cuda") ;;
     full) command=("$python" -m benchmarks --full --out "$folder/full") ;;
     "build dry") command=("$python" setup.py --name) ;;
     "tests dry") command=("$python" -m pytest -m gpu -q -p no:cacheprovider tests/test_benchmarks.py) ;;
     "sanitizer dry") command=("$python" -m pytest -m gpu -q -p no:cacheprovider tests/kernels -k sanitized) ;;
     "numerics dry") command=("$python" -m benchmarks numerics --quick --out "$folder/numerics") ;;
     "bench dry") command=("$python" -m benchmarks --quick --only fp32 --out "$folder/bench") ;;
+    "cuda dry") command=("$python" -m benchmarks --quick --only "$BY_CUDA" --out "$folder/cuda") ;;
     "full dry") command=("$python" -m benchmarks --quick --only fp16 --out "$folder/full") ;;
     esac
 }

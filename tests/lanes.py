@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusedformer.kernels.common import native
+from fusedformer.kernels.common import cuda, native
 from fusedformer.kernels.common.device import TRITON_INSTALLED, TRITON_INTERPRETED
 
 interpreted = pytest.mark.skipif(
@@ -12,6 +12,10 @@ interpreted = pytest.mark.skipif(
     reason="Triton compiles for the GPU here; TRITON_INTERPRET=1 interprets",
 )
 built = pytest.mark.skipif(native.EXTENSION_PATH is None, reason=f"native extension {native.absence()}")
+emulated = pytest.mark.skipif(
+    cuda.EMULATED.path is None, reason=f"emulation of the CUDA kernels {cuda.EMULATED.absence}"
+)
+compiled = pytest.mark.skipif(cuda.ON_GPU.path is None, reason=f"CUDA extension {cuda.ON_GPU.absence}")
 LEVELS = native.levels() if native.EXTENSION_PATH else {}
 RUNNABLE = [name for name, refusal in LEVELS.items() if refusal is None]
 
@@ -23,6 +27,10 @@ TRITON = (
     pytest.param("triton", "cpu", id="triton-interpreted", marks=interpreted),
     pytest.param("triton", "cuda", id="triton-gpu", marks=pytest.mark.gpu),
 )
+CUDA = (
+    pytest.param("cuda", "cpu", id="cuda-emulated", marks=emulated),
+    pytest.param("cuda", "cuda", id="cuda-gpu", marks=[pytest.mark.gpu, compiled]),
+)
 
 # What takes every feature, and what also takes in torch, which has fewer.
 every_feature = pytest.mark.parametrize(("backend", "device"), [REFERENCE, *CPU, *TRITON])
@@ -32,5 +40,6 @@ every_kernel = pytest.mark.parametrize(("backend", "device"), [*CPU, *TRITON])
 each_feature = pytest.mark.parametrize(("backend", "device"), [REFERENCE, *CPU[:1], *TRITON])
 each_backend = pytest.mark.parametrize(("backend", "device"), [REFERENCE, TORCH, *CPU[:1], *TRITON])
 each_kernel = pytest.mark.parametrize(("backend", "device"), [*CPU[:1], *TRITON])
+every_cuda = pytest.mark.parametrize(("backend", "device"), CUDA)
 every_triton = pytest.mark.parametrize(("backend", "device"), TRITON)
 every_level = pytest.mark.parametrize("level", [pytest.param(name, marks=marks) for name, marks in AT_LEVEL.items()])

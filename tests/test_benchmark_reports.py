@@ -272,13 +272,13 @@ def test_gpu_script_runs_dry_and_goes_on_where_it_stopped(tmp_path: Path) -> Non
     done = gpu_script(str(tmp_path), "--dry-run")
     summary = (tmp_path / "summary.md").read_text()
     assert done.returncode == 0, summary
-    for stage in ("build", "tests", "sanitizer", "numerics", "bench", "full"):
+    for stage in ("build", "tests", "sanitizer", "numerics", "bench", "cuda", "full"):
         assert f"| {stage} | 0 |" in summary
     assert read(tmp_path / "bench").of(AttentionRow)
     assert read(tmp_path / "numerics").of(NumericsRow)
     again = gpu_script(str(tmp_path), "--dry-run")
     assert again.returncode == 0
-    assert again.stdout.count("passed before") == 6
+    assert again.stdout.count("passed before") == 7
 
 
 def test_gpu_script_goes_on_after_a_failure_and_reports_it(tmp_path: Path) -> None:

@@ -20,12 +20,11 @@ from fusedformer.functional import (
     feed_forward,
     linear,
 )
-from fusedformer.kernels.common import cuda
+from tests.lanes import compiled
 
 pytestmark = pytest.mark.gpu
 
-needs_extension = pytest.mark.skipif(cuda.ON_GPU.path is None, reason=f"CUDA extension {cuda.ON_GPU.absence}")
-BACKENDS = ["triton", pytest.param("cuda", marks=needs_extension)]
+BACKENDS = ["triton", pytest.param("cuda", marks=compiled)]
 
 
 def random(*shape: int) -> Tensor:
