@@ -98,15 +98,16 @@ def cuda_refusal() -> str | None:
     if torch.version.cuda is None and asked != "1":
         return "torch is built without CUDA"
     if cuda_home() is None:
-        return "nvcc is not on the path, and neither CUDA_HOME nor /usr/local/cuda has it"
+        return "nvcc and its headers are not beside the one on the path, in CUDA_HOME or in /usr/local/cuda"
     return None
 
 
 def cuda_home() -> Path | None:
-    """The folder of the CUDA toolkit, one that has a compiler."""
+    """The folder of the CUDA toolkit, one that has compiler and headers."""
     found = shutil.which("nvcc")
     folders = [os.environ.get("CUDA_HOME"), found and Path(found).resolve().parent.parent, "/usr/local/cuda"]
-    return next((Path(folder) for folder in folders if folder and Path(folder, "bin", "nvcc").exists()), None)
+    needed = ("bin/nvcc", "include/cuda_runtime_api.h")
+    return next((Path(home) for home in folders if home and all(Path(home, name).exists() for name in needed)), None)
 
 
 def compile_cuda(sources: list[str], folder: Path) -> list[str]:
@@ -192,7 +193,7 @@ def extensions() -> dict[str, Any]:
     found = [extension(CPU, cpu, EMULATED if IS_EMULATED else [])] if cpu else []
     if cuda and IS_EMULATED:
         emulator = sorted(glob("csrc/cuda/emulator/*.cpp"))
-        found.append(extension(ON_HOST, binding + emulator + for_host(cuda), EMULATED))
+        found.append(extension(ON_HOST, emulator + for_host(binding + cuda), [*EMULATED, "-Wno-unknown-pragmas"]))
     refusal = cuda_refusal() if cuda else None
     if refusal is not None:
         without(refusal, names=[CUDA])
