@@ -1,4 +1,51 @@
-// TODO page
+// Attention backward for Hopper: five products a tile, nothing of size L x S in memory, the same bits every time.
+//
+//     P = exp(S scale - lse)      dP = dO Vᵀ      dS = P ∘ (dP - Δ)      Δ = rowsum(dO ∘ O) - dlse
+//     dV = Pᵀ dO                  dK = dSᵀ Q scale                      dQ = dS K scale
+//
+// Three kernels: one computes Δ of every query, the main one all else, the last rounds dQ to 16 bits.
+//
+// In the main kernel a block keeps 128 keys of one KV head, K and V in shared memory and dK and dV in the registers of
+// two consumer warpgroups, 64 keys each, and walks over the queries that see any of them, of every query head of the
+// group (so dK and dV need no sum over blocks). The third warpgroup gives up its registers; one of its threads has TMA
+// load Q with the log-sum-exp and dO with Δ into two stages each, whose barriers `full` count bytes and `empty` the
+// consumers' warps; another adds up dQ. For each tile a consumer warpgroup does
+//
+//     start Sᵀ = K Qᵀ;  start dPᵀ = V dOᵀ
+//     wait for S;   P = exp2(S scale log2(e) - lse)                     under dP
+//     wait for dP;  dS = P ∘ (dP - Δ)                                   under the other warpgroup's products
+//     start dV += Pᵀ dO
+//     store dS, meet the other warpgroup                                under dV
+//     start dQ = dS K over all 128 keys, a half of it;  start dK += dSᵀ Q
+//     wait for dV and dQ, free dO; store dQ for the adding thread       under dK
+//     wait for dK, free Q
+//
+// Scores are transposed, keys by queries: then P and dS, rounded, are the A operands of dV and dK in the very registers
+// in which S and dP came. Only dS goes through shared memory, as the transposed A of dQ; it has two places, so that one
+// meeting a tile is enough: who stores into a place knows by the meeting between that both have read it. The two
+// warpgroups contend for the tensor cores and so fall behind one another; one's exponentials then run under the other's
+// products.
+//
+// Registers of a consumer's thread, of 240. HEAD_DIM 128, 64 queries: dK 64, dV 64, S 32, dP 32; then dQ 32 in the
+// place of one and both fragments 16 + 16 in that of the other. HEAD_DIM 64, 128 queries: 32, 32, 64, 64. To start the
+// next tile's S under this one's dK, or dV before dS, needs 32 more, and ptxas then puts the products one after the
+// other. Shared memory: K, V 64 KB (32), Q and dO 64, dS 32 (64), dQ 32: 192 KB. The producer lives on 24 registers,
+// hence its simple loops.
+//
+// dQ. Blocks of keys add their parts to float32 sums in the workspace, by the copy engine's reduction, one block after
+// the other: for each block of queries a counter says whose turn it is. The first to come, that of the last keys, sets
+// the sums; thus nothing needs to be zeroed. The sums lie in the order of the consumers' fragments, not in rows: 16
+// bytes a thread, no bank conflicts, one copy of 32 KB; the last kernel reads them the same way.
+//
+// Order. A block may wait only for blocks that have started. Hence it draws its number when it starts, and numbers go
+// from the last keys to the first, as do the turns. It walks from the first query that sees its keys upwards: under
+// causality each block of a head starts at another query, where it is the first, and arrives at the next as the block
+// before has left; a walk from a common end would have each wait for all before. Heads take turns within groups whose
+// Q, dO and dQ fit in the L2 cache. (Without a band all start at query 0, each one tile behind the one before.)
+//
+// The band is that of the forward kernel: query i sees the keys [i + first, i + last]. Only tiles that it touches are
+// visited, only those that cross its edge or the keys' end are masked, after the exponential, whatever came of it. Rows
+// past the end and empty rows have lse = +inf, so that P is 0. Features are padded by TMA's zeros.
 #include "attention_backward_plan.h"
 #include "attention_backward_rows.h"
 #include "launch.h"
@@ -56,7 +103,8 @@ DEVICE void each_tile(const Params& p, const Work& work, const Visit& visit) {
     for (int member = 0; member < p.group; ++member) {
         const int head = work.head_kv * p.group + member, start = (work.batch * p.heads + head) * p.query_blocks;
 #pragma unroll 1
-        for (int block = work.queries.begin; block < work.queries.end; ++block) visit(tile++, head, block, start + block);
+        for (int block = work.queries.begin; block < work.queries.end; ++block)
+            visit(tile++, head, block, start + block);
     }
 }
 
@@ -71,6 +119,7 @@ DEVICE void load_panels(uint16_t* tile, const TensorMap& map, uint64_t* full, in
 
 template <typename T>
 DEVICE void load(const Params& p, Shared<T>& s, const Work& work) {
+    for (const TensorMap* map : {&p.k, &p.v, &p.q, &p.grad_out}) tma_prefetch(*map);
     barrier_expect_bytes(&s.keys_full, sizeof(s.k) + sizeof(s.v));
     load_panels<T>(s.k, p.k, &s.keys_full, T::KEYS, work.key_block * T::KEYS, work.head_kv, work.batch);
     load_panels<T>(s.v, p.v, &s.keys_full, T::KEYS, work.key_block * T::KEYS, work.head_kv, work.batch);
@@ -130,13 +179,13 @@ DEVICE Seen seen(const Band& band, int first_key, int query) {
     return seen;
 }
 
-// What belongs to a query that does not see the key becomes `value`.
+// What belongs to a query that does not see the key becomes 0, whatever it was.
 template <int NUMBERS>
-DEVICE void mask(float (&x)[NUMBERS], const Seen& seen, float value) {
+DEVICE void mask(float (&x)[NUMBERS], const Seen& seen) {
 #pragma unroll
     for (int i = 0; i < NUMBERS; ++i) {
         const int column = i / 4 * 8 + i % 2, key = i / 2 % 2;
-        if (column < seen.first[key] || column > seen.last[key]) x[i] = value;
+        if (column < seen.first[key] || column > seen.last[key]) x[i] = 0.0f;
     }
 }
 
@@ -176,21 +225,21 @@ DEVICE void consume(const Params& p, Shared<T>& s, const Work& work, int warpgro
         const int query = block * QUERIES;
         const bool partial = first_key + kRows > p.band.len_k || first_key + kRows - 1 - query > p.band.last ||
                              first_key - (query + QUERIES - 1) < p.band.first;
-        if (partial) mask(scores, seen(p.band, first_key, query), -INFINITY);
 #pragma unroll
         for (int i = 0; i < QUERIES / 2; i += 4) {  // P = exp2(S scale log2(e) - lse)
             const Two lse = load_shared<Two>(&s.lse[stage][i * 2 + lane % 4 * 2]);
 #pragma unroll
             for (int j = i; j < i + 4; ++j) scores[j] = exp2_approx(fmaf(scores[j], unit, -lse.numbers[j % 2]));
         }
+        if (partial) mask(scores, seen(p.band, first_key, query));
         wgmma_wait<0>(grad_weights);
-        if (partial) mask(grad_weights, seen(p.band, first_key, query), 0.0f);  // it may be infinite, times 0 then NaN
 #pragma unroll
         for (int i = 0; i < QUERIES / 2; i += 4) {  // dS = P ∘ (dP - Δ)
             const Two delta = load_shared<Two>(&s.delta[stage][i * 2 + lane % 4 * 2]);
 #pragma unroll
             for (int j = i; j < i + 4; ++j) grad_weights[j] = scores[j] * (grad_weights[j] - delta.numbers[j % 2]);
         }
+        if (partial) mask(grad_weights, seen(p.band, first_key, query));  // of infinite dP, 0 times it is NaN
         round<BF16>(weights16, scores);
         round<BF16>(grad_scores16, grad_weights);
 
@@ -223,7 +272,8 @@ DEVICE void consume(const Params& p, Shared<T>& s, const Work& work, int warpgro
             store_shared(s.grad_q + ((warpgroup * (kPanelFeatures / 8) + i) * 128 + thread) * 4,
                          Four{grad_q[4 * i], grad_q[4 * i + 1], grad_q[4 * i + 2], grad_q[4 * i + 3]});
         async_proxy_fence();
-        barrier_arrive(&s.grad_q_full);
+        warp_barrier();
+        if (lane == 0) barrier_arrive(&s.grad_q_full);
         wgmma_wait<0>(grad_k, grad_scores16);
         if (lane == 0) barrier_arrive(&s.q_empty[stage]);
     });
@@ -243,11 +293,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1) attention_backward_kernel(co
     Shared<T>& s = *reinterpret_cast<Shared<T>*>(shared_memory());
     if (thread_index() == 0) {
         s.number = flag_increment(p.workspace.started);
-        for (uint64_t* bar : {&s.keys_full, s.q_full, s.q_full + 1, s.grad_out_full, s.grad_out_full + 1, &s.grad_q_empty})
+        for (uint64_t* bar :
+             {&s.keys_full, s.q_full, s.q_full + 1, s.grad_out_full, s.grad_out_full + 1, &s.grad_q_empty})
             barrier_init(bar, 1);
-        for (uint64_t* bar : {s.q_empty, s.q_empty + 1, s.grad_out_empty, s.grad_out_empty + 1})
+        for (uint64_t* bar : {s.q_empty, s.q_empty + 1, s.grad_out_empty, s.grad_out_empty + 1, &s.grad_q_full})
             barrier_init(bar, kThreads / 32);
-        barrier_init(&s.grad_q_full, kThreads);
         barrier_init_fence();
     }
     block_barrier();
@@ -264,29 +314,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1) attention_backward_kernel(co
 
 // ---- host
 
-// The workspace's arrays from `start`; how many bytes they take.
-template <typename T>
-size_t lay_out(Workspace& workspace, const AttentionProblem& x, char* start) {
-    constexpr size_t ALIGNMENT = 256;
-    const size_t blocks = static_cast<size_t>(x.batch) * x.heads * ((x.len_q + T::QUERIES - 1) / T::QUERIES);
-    size_t bytes = 0;
-    const auto take = [&](auto*& array, size_t numbers) {
-        array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(start + bytes);
-        bytes += (numbers * 4 + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    };
-    take(workspace.started, 1);
-    take(workspace.turns, blocks);
-    take(workspace.lse, blocks * T::QUERIES);
-    take(workspace.delta, blocks * T::QUERIES);
-    take(workspace.grad_q, blocks * T::QUERIES * T::HEAD_DIM);
-    return bytes;
-}
-
 const char* make_tensor_maps(Params& p, const AttentionProblem& x, const AttentionGradients& y, int queries, int keys) {
     const char* error = nullptr;
     const auto make = [&](TensorMap& map, const Tensor4& tensor, int heads, int rows, int features, int box_rows) {
-        if (error == nullptr)
-            error = make_tensor_map(map, tensor, x.batch, heads, rows, features, x.bf16, box_rows);
+        if (error == nullptr) error = make_tensor_map(map, tensor, x.batch, heads, rows, features, x.bf16, box_rows);
     };
     make(p.q, x.q, x.heads, x.len_q, x.head_dim, queries);
     make(p.grad_out, y.grad_out, x.heads, x.len_q, x.value_dim, queries);
@@ -313,7 +344,8 @@ const char* run(const AttentionProblem& x, const AttentionGradients& y, void* st
     p.query_blocks = (x.len_q + T::QUERIES - 1) / T::QUERIES;
     p.key_blocks = (x.len_k + T::KEYS - 1) / T::KEYS;
     p.matrices_kv = x.batch * x.heads_kv;
-    const int64_t bytes = static_cast<int64_t>(x.len_q) * p.group * (2 * x.head_dim + 2 * x.value_dim + 4 * T::HEAD_DIM);
+    const int64_t bytes =
+        static_cast<int64_t>(x.len_q) * p.group * (2 * x.head_dim + 2 * x.value_dim + 4 * T::HEAD_DIM);
     const int64_t at_once = kCached / bytes + 1;
     p.matrices_at_once = static_cast<int>(at_once < p.matrices_kv ? at_once : p.matrices_kv);
 
@@ -325,7 +357,8 @@ const char* run(const AttentionProblem& x, const AttentionGradients& y, void* st
     if (error == nullptr)
         error = launch<attention_backward_kernel<T, BF16>>(grid, kBlockThreads, sizeof(Shared<T>), stream, p);
     if (error == nullptr)
-        error = launch<attention_backward_round_kernel<T, BF16>>(small_grid, kThreads, 2 * kRows * kPanelRowBytes, stream, p);
+        error = launch<attention_backward_round_kernel<T, BF16>>(small_grid, kThreads, 2 * kRows * kPanelRowBytes,
+                                                                 stream, p);
     return error;
 }
 
@@ -352,9 +385,8 @@ size_t attention_backward_workspace(const AttentionProblem& problem) {
 
 const char* attention_backward(const AttentionProblem& problem, const AttentionGradients& gradients, void* stream) {
     if (problem.len_q >= backward::kFar || problem.len_k >= backward::kFar) return "sequences of 2^30 or more";
-    return backward::with_tiles(problem, [&](auto tiles) {
-        return backward::run_in_type<decltype(tiles)>(problem, gradients, stream);
-    });
+    return backward::with_tiles(
+        problem, [&](auto tiles) { return backward::run_in_type<decltype(tiles)>(problem, gradients, stream); });
 }
 
 }  // namespace fusedformer::cuda

@@ -1,15 +1,18 @@
 // What the kernels of the backward pass share: tiles, workspace, parameters, and who works on what.
 #pragma once
 
+#include <cstddef>
+#include <type_traits>
+
 #include "device.h"
 #include "problem.h"
 
 namespace fusedformer::cuda::backward {
 
-constexpr int kRows = 64;          // of a warpgroup's product
-constexpr int kThreads = 256;      // two warpgroups: the consumers, and the blocks of the small kernels
+constexpr int kRows = 64;      // of a warpgroup's product
+constexpr int kThreads = 256;  // two warpgroups: the consumers, and the blocks of the small kernels
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kFar = 1 << 30;      // an open side of the band; lengths are below it
+constexpr int kFar = 1 << 30;  // an open side of the band; lengths are below it
 
 template <int HEAD_DIM_>
 struct Tiles {
@@ -19,15 +22,13 @@ struct Tiles {
     static constexpr int QUERIES = HEAD_DIM == 64 ? 128 : 64;
 };
 
-DEVICE int divide_up(int x, int y) { return (x + y - 1) / y; }
-
 struct Range {
     int begin, end;
     DEVICE int size() const { return end - begin; }
 };
 
-// Query i sees the keys i + first .. i + last of [0, len_k). A tile is visited if one of its queries sees one of its keys,
-// from either side by the same two conditions.
+// Query i sees the keys i + first .. i + last of [0, len_k). A tile is visited if one of its queries sees one of its
+// keys, from either side by the same two conditions.
 struct Band {
     int len_q, len_k, first, last;
 
@@ -57,6 +58,24 @@ struct Workspace {
     float* delta;       // likewise; rowsum(dO ∘ O) - dlse
     float* grad_q;      // (batch, heads, query blocks, QUERIES x HEAD_DIM in the order of the consumers' fragments)
 };
+
+// The workspace's arrays from `start`; how many bytes they take.
+template <typename T>
+size_t lay_out(Workspace& workspace, const AttentionProblem& x, char* start) {
+    constexpr size_t ALIGNMENT = 256;
+    const size_t blocks = static_cast<size_t>(x.batch) * x.heads * ((x.len_q + T::QUERIES - 1) / T::QUERIES);
+    size_t bytes = 0;
+    const auto take = [&](auto*& array, size_t numbers) {
+        array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(start + bytes);
+        bytes += (numbers * 4 + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    };
+    take(workspace.started, 1);
+    take(workspace.turns, blocks);
+    take(workspace.lse, blocks * T::QUERIES);
+    take(workspace.delta, blocks * T::QUERIES);
+    take(workspace.grad_q, blocks * T::QUERIES * T::HEAD_DIM);
+    return bytes;
+}
 
 struct Params {
     TensorMap q, k, v, grad_out, grad_q, grad_k, grad_v;

@@ -5,8 +5,8 @@
 
 namespace fusedformer::cuda::backward {
 
-// Δ = rowsum(dO ∘ O) - dlse and the log-sum-exp in base 2 of a block of queries, up to the block's end, and its turn set
-// to the first. Weights are exp2 of a difference to the log-sum-exp: +inf makes those of an empty row 0.
+// Δ = rowsum(dO ∘ O) - dlse and the log-sum-exp in base 2 of a block of queries, up to the block's end, and its turn
+// set to the first. Weights are exp2 of a difference to the log-sum-exp: +inf makes those of an empty row 0.
 template <typename T, bool BF16>
 __global__ void __launch_bounds__(kThreads) attention_backward_rows_kernel(const __grid_constant__ Params p) {
     constexpr int LANES = T::HEAD_DIM / 8;  // of a row, 16 bytes each

@@ -2,9 +2,9 @@
 // each (Flash-Decoding, Dao et al., 2023).
 //
 // The work. Every key and value is read once for the 16 rows of a block: the queries of all heads that share a key
-// head, row r being query r / group of the head that stands r % group after the first. That is some 16 products for
-// each byte read, a tenth of what the tensor cores could do meanwhile: time is memory's alone, and the schedule has one
-// aim, that loads are always in flight, enough of them, on every processor.
+// head, row r being query r / group of the head that stands r % group after the first. That is 16 operations for each
+// byte read, a tenth or less of what the tensor cores could do meanwhile: time is memory's alone, and the schedule has
+// one aim, that loads are always in flight, enough of them, on every processor.
 //
 // How many. Bytes in flight = latency x bandwidth: an H100 moves 3.35 TB/s, 25 bytes a nanosecond for each of its 132
 // processors, after 600 to 800 ns under load: 20 KB; an H200 29 KB, an A100 15 KB. A block keeps 64 KB in flight
@@ -28,15 +28,16 @@
 //
 // Slots. Lane l looks up where slot l of a tile lies: one load of the block table a tile, whatever the size of a page,
 // a tile ahead of its use; the lanes that copy a row learn its address by a shuffle. A slot of the appended keys is
-// read where the caller has it, so that the block that stores it in the cache meets no reader there: the append needs
-// no kernel of its own. Copies fill with zeros what lies beyond the keys in use or beyond a head dim: nothing else is
-// read.
+// read where the caller has it, so that the blocks that store it in the cache, each its share, meet no reader there:
+// the append needs no kernel of its own. Copies fill with zeros what lies beyond the keys in use or beyond a head dim:
+// nothing else is read.
 //
 // Joining. The four warps' results, then the pieces', each with its maximum m and its sum l of exp(score - m), join by
 //     m = max(m1, m2)      O = exp(m1 - m) O1 + exp(m2 - m) O2      l likewise
 // in an order that shapes alone decide: the same bits in every run. Where one piece is all, the block writes the output
 // itself; else a second kernel reads the pieces. How many there are is decided by shapes and the number of processors,
 // as the host never waits for the lengths; a block whose piece is empty ends at once.
+#include <algorithm>
 #include <cmath>
 
 #include "attention_decode_cache.h"
@@ -45,6 +46,7 @@
 #include "problem.h"
 
 namespace fusedformer::cuda {
+namespace decode {
 namespace {
 
 constexpr float LOG2E = 1.4426950408889634f, MINUS_INF = -INFINITY;
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(THREADS, 2) attention_decode_kernel(const __gr
     const int b = matrix / p.heads_kv, h_kv = matrix % p.heads_kv;
     const int warp = warp_index(), lane = lane_index(), first_row = row_block * ROWS;
 
-    const Seen seen = seen_keys(params, b, first_row, T::STEP);
+    const Seen seen = seen_keys<WIDTH>(params, b, first_row);
     const int cached = seen.length - p.appended;
     const int start = seen.low + piece * seen.piece_keys;
     const int end = params.rows > 0 ? smaller(start + seen.piece_keys, seen.high) : start;
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(THREADS) attention_combine_kernel(const __grid
     constexpr int QUADS = WIDTH / 4, PARTS = THREADS / QUADS;
     const DecodeProblem& p = params.problem;
     const int row = block_index().x % params.rows, matrix = block_index().x / params.rows;
-    const Seen seen = seen_keys(params, matrix / p.heads_kv, row / ROWS * ROWS, Tile<WIDTH>::STEP);
+    const Seen seen = seen_keys<WIDTH>(params, matrix / p.heads_kv, row / ROWS * ROWS);
     const int pieces = ceil_div(larger(seen.high - seen.low, 1), seen.piece_keys);
     const int quad = thread_index() % QUADS, part = thread_index() / QUADS, feature = 4 * quad;
     Sums* const sums = reinterpret_cast<Sums*>(shared_memory());  // (PARTS, QUADS)
@@ -305,24 +307,21 @@ int width_of(const DecodeProblem& p) {
     return most <= 64 ? 64 : most <= 128 ? 128 : 256;
 }
 
-// Pieces that take the least time on so many processors, where two blocks share one and run in waves. Time is counted
-// in tiles of a block; each wave takes one more to fill its rings and to join its warps, and pieces take JOIN more, a
-// launch and their reading. Of as many waves the most pieces that fit them are best; of those the fewest with tiles as
-// many.
-int pieces_of(int64_t blocks, int keys, int step, int processors) {
-    constexpr int64_t MOST_WAVES = 8, MOST_PIECES = 256, JOIN = 4;
-    const int64_t together = 2 * static_cast<int64_t>(processors > 0 ? processors : 1);
+// The number of pieces that takes the least time on so many processors, two blocks to each, in waves. Time is counted
+// in tiles of a warp; a block takes WARPS more to fill its rings and to join its warps, and pieces, read again by
+// another launch, JOIN. The candidates are, for each number of waves, the most pieces that fit them; of those that
+// leave a block as many tiles, the fewest.
+int pieces_of(int64_t blocks, int64_t tiles, int processors) {
+    constexpr int64_t MOST_WAVES = 8, MOST_PIECES = 256, JOIN = 4 * WARPS;
     const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    const int64_t tiles = keys > 0 ? ceil(keys, step) : 1;
-    int64_t best = 1, least = ceil(blocks, together) * (tiles + 1);
+    const int64_t together = 2 * static_cast<int64_t>(processors);
+    const int64_t most = std::min(ceil(tiles, WARPS), MOST_PIECES);
+    int64_t best = 1, least = ceil(blocks, together) * (tiles + WARPS);
     for (int64_t waves = 1; waves <= MOST_WAVES; waves++) {
-        int64_t pieces = waves * together / blocks;
-        pieces = pieces < tiles ? pieces : tiles;
-        if (pieces > MOST_PIECES) pieces = MOST_PIECES;
-        if (pieces < 2) continue;
-        const int64_t each = ceil(tiles, pieces);
-        pieces = ceil(tiles, each);
-        const int64_t time = ceil(blocks * pieces, together) * (each + 1) + JOIN;
+        const int64_t fitting = std::min(waves * together / blocks, most);
+        if (fitting < 2) continue;
+        const int64_t each = ceil(tiles, fitting), pieces = ceil(tiles, each);
+        const int64_t time = ceil(blocks * pieces, together) * (each + WARPS) + JOIN;
         if (time < least) least = time, best = pieces;
     }
     return static_cast<int>(best);
@@ -336,13 +335,11 @@ DecodeParams plan(const DecodeProblem& p, int processors) {
     params.row_blocks = params.rows > ROWS ? (params.rows + ROWS - 1) / ROWS : 1;  // one appends without queries too
     const auto side = [](int64_t keys) { return static_cast<int>(keys < 0 || keys > UNBOUNDED ? UNBOUNDED : keys); };
     params.left = side(p.window_left), params.right = side(p.window_right);
-    const int64_t matrices = static_cast<int64_t>(p.batch) * p.heads_kv;
-    const int width = width_of(p), step = width > 64 ? Tile<128>::STEP : Tile<64>::STEP;
-    static_assert(Tile<128>::STEP == Tile<256>::STEP);
-    if (matrices > 0 && params.rows > 0)
-        params.pieces = pieces_of(matrices * params.row_blocks, p.pages * p.page, step, processors);
-    else
-        params.pieces = 1;
+    const int64_t matrices = static_cast<int64_t>(p.batch) * p.heads_kv, keys = static_cast<int64_t>(p.pages) * p.page;
+    const int tile = width_of(p) > 64 ? Tile<128>::KEYS : Tile<64>::KEYS;
+    static_assert(Tile<128>::KEYS == Tile<256>::KEYS);
+    const bool is_empty = matrices == 0 || params.rows == 0;
+    params.pieces = is_empty ? 1 : pieces_of(matrices * params.row_blocks, (keys + tile - 1) / tile, processors);
     const int64_t partials = matrices * params.pieces * params.rows;
     params.partial = static_cast<float*>(p.workspace);
     params.partial_max = params.partial + partials * p.value_dim;
@@ -356,6 +353,7 @@ const char* run(const DecodeParams& params, void* stream) {
     const int64_t matrices = static_cast<int64_t>(p.batch) * p.heads_kv;
     const int64_t blocks = matrices * params.row_blocks, rows = matrices * params.rows;
     if (blocks == 0) return nullptr;
+    if (static_cast<int64_t>(p.pages) * p.page >= UNBOUNDED) return "a cache of 2^30 slots or more";
     if (blocks > INT32_MAX || rows > INT32_MAX) return "more blocks than a grid has";
     const char* error = launch<attention_decode_kernel<BF16, WIDTH>>({static_cast<int>(blocks), params.pieces}, THREADS,
                                                                      Tile<WIDTH>::SHARED, stream, params);
@@ -377,17 +375,18 @@ const char* run(const DecodeParams& params, void* stream) {
 }
 
 }  // namespace
+}  // namespace decode
 
 size_t attention_decode_workspace(const DecodeProblem& problem, int processors) {
-    const DecodeParams params = plan(problem, processors);
+    const decode::DecodeParams params = decode::plan(problem, processors);
     if (params.pieces == 1) return 0;
     const size_t partials = static_cast<size_t>(problem.batch) * problem.heads_kv * params.pieces * params.rows;
     return partials * (problem.value_dim + 2) * sizeof(float);
 }
 
 const char* attention_decode(const DecodeProblem& problem, int processors, void* stream) {
-    const DecodeParams params = plan(problem, processors);
-    return problem.bf16 ? run<true>(params, stream) : run<false>(params, stream);
+    const decode::DecodeParams params = decode::plan(problem, processors);
+    return problem.bf16 ? decode::run<true>(params, stream) : decode::run<false>(params, stream);
 }
 
 }  // namespace fusedformer::cuda

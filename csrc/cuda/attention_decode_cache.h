@@ -4,7 +4,7 @@
 #include "device.h"
 #include "problem.h"
 
-namespace fusedformer::cuda {
+namespace fusedformer::cuda::decode {
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int ROWS = 16;            // of a block: the height of a product
@@ -27,11 +27,13 @@ struct Tile {
     static constexpr int AHEAD = (STAGES - 1) / 2;      // tiles
     static constexpr int RING = STAGES * STAGE;
     static constexpr int SHARED = WARPS * RING + 2 * WARPS * ROWS * static_cast<int>(sizeof(float));
+    static_assert(SHARED <= 99 * 1024, "the least that an architecture has for a block");
     static_assert(ROWS * WIDTH * static_cast<int>(sizeof(float)) <= RING, "a warp leaves its sums where its ring was");
 
     DEVICE static int after(int stage) { return stage + 1 == STAGES ? 0 : stage + 1; }
     DEVICE static int before(int stage) { return stage == 0 ? STAGES - 1 : stage - 1; }
-    // Where a 16-byte chunk of a row is.
+    // Where a 16-byte chunk of a row is. If row and i have no bit in common, nor chunk and j,
+    // at(row + i, chunk + j) = i * PITCH + (at(row, chunk) ^ 16 * (j ^ i % 8)).
     DEVICE static int at(int row, int chunk) { return row * PITCH + 16 * (chunk ^ (row & 7)); }
 };
 
@@ -39,12 +41,14 @@ DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 DEVICE int larger(int a, int b) { return a > b ? a : b; }
 
-// The keys [low, high) that a block of rows sees; piece i has those from low + i * piece_keys.
+// The keys [low, high) that a block of rows sees; piece i has those from low + i * piece_keys on.
 struct Seen {
     int length, position_offset, low, high, piece_keys;
 };
 
-DEVICE Seen seen_keys(const DecodeParams& params, int b, int first_row, int tile_keys) {
+template <int WIDTH>
+DEVICE Seen seen_keys(const DecodeParams& params, int b, int first_row) {
+    using T = Tile<WIDTH>;
     const DecodeProblem& p = params.problem;
     Seen s;
     s.length = static_cast<int>(p.cache_seqlens[b]) + p.appended;
@@ -52,12 +56,12 @@ DEVICE Seen seen_keys(const DecodeParams& params, int b, int first_row, int tile
     const int first = first_row / params.group, last = (smaller(first_row + ROWS, params.rows) - 1) / params.group;
     s.low = larger(first + s.position_offset - params.left, 0);
     s.high = larger(smaller(s.length, last + s.position_offset + params.right + 1), 0);
-    const int tiles = ceil_div(larger(s.high - s.low, 1), tile_keys);
-    s.piece_keys = ceil_div(tiles, params.pieces) * tile_keys;
+    const int tiles = ceil_div(larger(s.high - s.low, 1), T::KEYS);
+    s.piece_keys = larger(ceil_div(tiles, params.pieces) * T::KEYS, T::STEP);  // each warp has a tile at least
     return s;
 }
 
-// Where slot `slot` of sequence b lies in the caches, in rows of `cache`.
+// Where a slot lies in the block of the cache that has it, and that block: of sequence b, or by the table.
 DEVICE int64_t slot_offset(const DecodeProblem& p, const Tensor4& cache, int block, int slot, int h_kv) {
     const int within = p.block_table ? slot % p.page : slot;
     return block * cache.batch_stride + h_kv * cache.head_stride + within * cache.row_stride;
@@ -132,4 +136,4 @@ class Loads {
     int block_ = 0;  // of the cache, that this lane's slot of the next tile lies in
 };
 
-}  // namespace fusedformer::cuda
+}  // namespace fusedformer::cuda::decode

@@ -15,6 +15,17 @@ struct Grid {
     int x, y = 1, z = 1;
 };
 
+// Multiprocessors of the current device; few in the emulator: blocks of small problems too take several turns.
+inline int processors() {
+#ifdef FUSEDFORMER_EMULATED
+    return 3;
+#else
+    int device = 0, count = 1;
+    if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+#endif
+}
+
 // Runs `kernel(params)`; nullptr, or why not. The message of an emulated failure lives until the thread's next launch.
 template <auto kernel, typename Params>
 const char* launch(Grid grid, int threads, size_t shared_bytes, void* stream, const Params& params) {
@@ -22,8 +33,8 @@ const char* launch(Grid grid, int threads, size_t shared_bytes, void* stream, co
     (void)stream;
     return emulator::run_grid(grid.x, grid.y, grid.z, threads, shared_bytes, [&] { kernel(params); });
 #else
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error == cudaSuccess) {
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(grid.x, grid.y, grid.z);

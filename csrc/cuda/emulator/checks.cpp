@@ -48,8 +48,8 @@ void product_kernel(const ProductParams p) {
     wgmma_fence(d, fragments);
     for (int k = 0; k < p.depth; k += kContracted) {
         const uint64_t b = p.transpose_b ? contract_rows(b_tile, b_rows, k) : contract_features(b_tile, b_rows, k);
-        const uint64_t a = p.source == kRowsOfTile ? contract_rows(a_tile, a_rows, k)
-                                                   : contract_features(a_tile, a_rows, k);
+        const uint64_t a =
+            p.source == kRowsOfTile ? contract_rows(a_tile, a_rows, k) : contract_features(a_tile, a_rows, k);
         if (p.source == kRegisters)
             p.transpose_b ? wgmma<BF16, true>(d, fragments[k / kContracted], b, k > 0)
                           : wgmma<BF16, false>(d, fragments[k / kContracted], b, k > 0);
@@ -60,8 +60,7 @@ void product_kernel(const ProductParams p) {
     }
     wgmma_commit();
     wgmma_wait<0>(d, fragments);
-    for (int i = 0; i < N / 2; ++i)
-        p.d[(first + i / 2 % 2 * 8) * N + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
+    for (int i = 0; i < N / 2; ++i) p.d[(first + i / 2 % 2 * 8) * N + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
 template <bool BF16, int N>
@@ -94,7 +93,9 @@ enum Mistake {
     kLoadNeverWaitedFor,
     kStoreOutsideSharedMemory,
     kBarrierNotInitialised,
+    kBarrierNotFenced,
     kRegistersTheWrongWay,
+    kFlagBeforeStoreIsWritten,
 };
 
 struct MistakeParams {
@@ -120,6 +121,7 @@ void mistaken_kernel(const MistakeParams p) {
     if (mistake == kFlagOfLaterBlock) flag_wait(p.flag, 1);
     if (thread_index() == 0) {
         if (mistake != kBarrierNotInitialised) barrier_init(full, mistake == kBarrierNeverReached ? 2 : 1);
+        if (mistake != kBarrierNotFenced) barrier_init_fence();
         load();
     }
     block_barrier();
@@ -143,9 +145,28 @@ void mistaken_kernel(const MistakeParams p) {
     if (mistake == kWgmmaNeverWaitedFor) return;
     wgmma_wait<0>(d, a);
     if (mistake == kTileOverwrittenEarly) barrier_wait(full, 1);
+    if (mistake == kFlagBeforeStoreIsWritten && thread_index() == 0) {
+        bulk_store(p.result, tile, 16);
+        tma_store_commit();
+        tma_store_wait<0>();
+        flag_raise(p.flag, 1);
+    }
     if (mistake == kLoadNeverWaitedFor && thread_index() == 0) load();
     for (int i = 0; i < 32; ++i) p.result[thread_index() * 32 + i] = d[i];
     if (mistake == kAccumulatorReadEarly) p.result[thread_index() * 32] = early;
+}
+
+// ---- layouts
+
+struct DescriptorParams {
+    uint64_t* found;
+    int rows, row, feature;
+    bool over_rows;
+};
+
+void descriptor_kernel(const DescriptorParams p) {
+    *p.found = p.over_rows ? contract_rows(shared_memory(), p.rows, p.row, p.feature)
+                           : contract_features(shared_memory(), p.rows, p.feature, p.row);
 }
 
 }  // namespace
@@ -169,6 +190,20 @@ const char* check_mistake(void* ones, float* result, int mistake) {
     MistakeParams p{{}, result, &flag, static_cast<Mistake>(mistake)};
     const char* error = make_tensor_map(p.ones, {ones, 4096, 4096, 64}, 1, 1, 64, 64, true, 64);
     return error != nullptr ? error : launch<mistaken_kernel>({2}, 128, 9216, nullptr, p);
+}
+
+int check_swizzled(int row, int feature, int rows) { return swizzled(row, feature, rows); }
+
+void check_place(bool operand, int thread, int i, int* place) {
+    const emulator::Place at = operand ? emulator::of_operand(thread, i) : emulator::of_accumulator(thread, i);
+    place[0] = at.row, place[1] = at.column;
+}
+
+// Of a tile of `rows` rows at address 0.
+uint64_t check_descriptor(bool over_rows, int rows, int row, int feature) {
+    uint64_t found = 0;
+    launch<descriptor_kernel>({1}, 32, 1024, nullptr, DescriptorParams{&found, rows, row, feature, over_rows});
+    return found;
 }
 
 const char* check_attention_forward(const AttentionProblem* problem) { return attention_forward(*problem, nullptr); }

@@ -8,7 +8,7 @@
 namespace fusedformer::cuda::emulator {
 namespace {
 
-constexpr int kGuard = 4096;              // bytes before and after shared memory that nobody may touch
+constexpr int kGuard = 4096;                    // bytes before and after shared memory that nobody may touch
 constexpr char kNaN = static_cast<char>(0xFF);  // bytes that are NaN in every type
 constexpr int kRegisterFile = 65536;
 constexpr int kMostRegisters = 255;
@@ -28,7 +28,11 @@ BarrierWord load_barrier(const uint64_t* bar) {
     block().offset_of(bar, sizeof(*bar));
     BarrierWord word;
     std::memcpy(&word, bar, sizeof(word));
-    if (word.mark != kMark) fail("a barrier at %u of shared memory that was not initialised", block().offset_of(bar, 8));
+    if (word.mark != kMark)
+        fail("a barrier at %u of shared memory that was not initialised", block().offset_of(bar, 8));
+    const Initialised& by = block().barriers.at(block().offset_of(bar, 8));
+    if (by.thread != block().fibers.current() && (!by.fenced || by.round == block().named[0].round))
+        fail("a barrier at %u that was not shown to the others since its initialisation", block().offset_of(bar, 8));
     return word;
 }
 
@@ -49,10 +53,11 @@ void start_block(Block& b, int threads, size_t shared_bytes) {
     b.warpgroups.assign((threads + 127) / 128, {});
     for (Meeting& meeting : b.named) meeting = {};
     b.loads.clear();
+    b.barriers.clear();
     int each = kRegisterFile / threads / 8 * 8;
     each = each > kMostRegisters ? kMostRegisters : each;
     for (Thread& thread : b.thread) thread.registers = each;
-    b.free_registers = kRegisterFile - each * threads;
+    b.free_registers = 0;  // the pool of a block is what it was launched with
 }
 
 // What is left undone or overwritten at a block's end; "" if nothing.
@@ -122,7 +127,7 @@ const char* run_grid(int x, int y, int z, int threads, size_t shared_bytes, cons
 void warp_exchange(uint64_t mine, uint64_t (&all)[32]) {
     Warp& warp = block().warp();
     const long round = warp.meeting.round;
-    uint64_t(&slots)[32] = warp.slots[round % 2];
+    uint64_t (&slots)[32] = warp.slots[round % 2];
     slots[block().fibers.current() % 32] = mine;
     if (!warp.meeting.arrive(32))
         block().fibers.wait_until([&] { return warp.meeting.round != round; }, {"their warp", 0, 0});
@@ -157,7 +162,10 @@ void meet_warpgroup(const std::function<void()>& work, const char* what) {
     Block& b = block();
     Meeting& meeting = b.warpgroups[b.fibers.current() / 128];
     const long round = meeting.round;
-    if (meeting.arrived == 127) work();
+    if (meeting.arrived == 127) {
+        b.fibers.rest();  // as late as it may be: who was let go too early has gone
+        work();
+    }
     if (!meeting.arrive(128)) b.fibers.wait_until([&] { return meeting.round != round; }, {what, 0, 0});
 }
 
@@ -201,6 +209,11 @@ void barrier_init(uint64_t* bar, int count) {
     BarrierWord word{};
     word.pending = word.count = static_cast<unsigned>(count), word.mark = kMark;
     std::memcpy(bar, &word, sizeof(word));
+    block().barriers[block().offset_of(bar, 8)] = {block().fibers.current(), block().named[0].round, false};
+}
+
+void barrier_init_fence() {
+    for (auto& [offset, by] : block().barriers) by.fenced |= by.thread == block().fibers.current();
 }
 
 void barrier_arrive(uint64_t* bar, int bytes) {

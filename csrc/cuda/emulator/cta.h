@@ -1,13 +1,14 @@
 // A block of threads on the host: its shared memory as threads see it and as the asynchronous units do, its barriers.
 //
-// What hardware may do early or late is done late (a TMA load lands when somebody waits for it) or, with the environment's
-// FUSEDFORMER_EMULATED_SEED other than 0, at a time drawn from the seed, as is the order in which threads run. Memory
-// is NaN until it is written. Blocks run one after the other.
+// What hardware may do early or late is done late (a TMA load lands when somebody waits for it) or, with the
+// environment's FUSEDFORMER_EMULATED_SEED other than 0, at a time drawn from the seed, as is the order in which threads
+// run. Memory is NaN until it is written. Blocks run one after the other.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <vector>
 
 #include "fibers.h"
@@ -58,19 +59,27 @@ struct Thread {
     int registers = 0;
 };
 
+// A barrier in shared memory: who initialised it, before how many block_barriers, and whether it was fenced since.
+struct Initialised {
+    int thread;
+    long round;
+    bool fenced;
+};
+
 struct Block {
     Fibers fibers{kMostThreads};
     Index3 index{}, grid{};
     int threads = 0;
     uint32_t shared_bytes = 0;
-    char* shared = nullptr;         // as threads see it
-    std::vector<char> async_view;   // as TMA and WGMMA do
+    char* shared = nullptr;        // as threads see it
+    std::vector<char> async_view;  // as TMA and WGMMA do
     std::vector<char> allocation;
     std::vector<Thread> thread;
     std::vector<Warp> warps;
     std::vector<Meeting> warpgroups;
     Meeting named[16];
     std::vector<PendingLoad> loads;
+    std::map<uint32_t, Initialised> barriers;
     int free_registers = 0;
 
     Thread& self() { return thread[fibers.current()]; }
@@ -100,6 +109,7 @@ void change_registers(int count, bool increase);
 void wait_for_flag(const uint32_t* flag, uint32_t value);
 
 void barrier_init(uint64_t* bar, int count);
+void barrier_init_fence();
 void barrier_arrive(uint64_t* bar, int bytes);
 void barrier_bytes_came(uint64_t* bar, int bytes);
 void barrier_wait(uint64_t* bar, int parity);

@@ -105,7 +105,7 @@ inline uint32_t flag_increment(uint32_t* flag) { return (*flag)++; }
 // ---- barrier.h
 
 inline void barrier_init(uint64_t* bar, int count) { emulator::barrier_init(bar, count); }
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() { emulator::barrier_init_fence(); }
 inline void barrier_arrive(uint64_t* bar) { emulator::barrier_arrive(bar, 0); }
 inline void barrier_expect_bytes(uint64_t* bar, int bytes) { emulator::barrier_arrive(bar, bytes); }
 inline void barrier_wait(uint64_t* bar, int parity) { emulator::barrier_wait(bar, parity); }
@@ -178,7 +178,9 @@ inline void bulk_load(void* shared, const void* global, int bytes, uint64_t* bar
 inline void bulk_store(float* global, const void* shared, int bytes) {
     emulator::bulk_store(global, shared, bytes, false);
 }
-inline void bulk_add(float* global, const void* shared, int bytes) { emulator::bulk_store(global, shared, bytes, true); }
+inline void bulk_add(float* global, const void* shared, int bytes) {
+    emulator::bulk_store(global, shared, bytes, true);
+}
 inline void bulk_wait() { emulator::wait_for_writes(); }
 inline void bulk_fence() {}
 

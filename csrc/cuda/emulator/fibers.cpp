@@ -26,18 +26,20 @@ void fail(const char* format, ...) {
 }
 
 Fibers::Fibers(int most) : fibers_(new Fiber[most]), most_(most) {
-    void* stacks = mmap(nullptr, kStack * most, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stacks =
+        mmap(nullptr, kStack * most, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stacks == MAP_FAILED) throw std::bad_alloc();
     stacks_ = static_cast<char*>(stacks);
 }
 
 Fibers::~Fibers() { munmap(stacks_, kStack * most_); }
 
-bool Fibers::coin() {
-    if (random_ == 0) return false;
+int Fibers::draw(int below) {
     random_ ^= random_ << 13, random_ ^= random_ >> 7, random_ ^= random_ << 17;
-    return random_ >> 40 & 1;
+    return static_cast<int>((random_ >> 33) % below);
 }
+
+bool Fibers::coin() { return draw(2) == 1; }
 
 void Fibers::enter() {
     Fibers& all = *running;
@@ -64,16 +66,14 @@ std::string Fibers::run(int count, uint64_t seed, const std::function<void()>& b
         fiber.registers.uc_link = nullptr;
         makecontext(&fiber.registers, &Fibers::enter, 0);
     }
-    for (int left = count, skipped = 0; left > 0;) {
+    // With a seed some neighbours rest until none of the others can go on; then all go on a little, and others rest.
+    int first_resting = 0, resting = 0;
+    for (int left = count; left > 0;) {
         bool moved = false;
-        const int first = coin() ? count / 2 : 0;  // and with a seed some warps idle now and then
-        bool idle = false;
-        for (int turn = 0; turn < count && error_.empty(); ++turn) {
-            current_ = (first + turn) % count;
-            Fiber& fiber = fibers_[current_];
-            if (turn % 32 == 0) idle = coin() && coin() && skipped < 64;
-            if (idle) ++skipped, moved = true;
-            if (idle || fiber.done) continue;
+        for (int i = 0; i < count && error_.empty(); ++i) {
+            Fiber& fiber = fibers_[i];
+            if (fiber.done || (i - first_resting + count) % count < resting) continue;
+            current_ = i;
             try {
                 if (fiber.ready != nullptr && !fiber.ready(fiber.context)) continue;
             } catch (const std::exception& error) {
@@ -81,13 +81,17 @@ std::string Fibers::run(int count, uint64_t seed, const std::function<void()>& b
                 break;
             }
             fiber.ready = nullptr;
-            moved = true, skipped = 0;
+            moved = true;
             swapcontext(&scheduler_, &fiber.registers);
             left -= fiber.done;
         }
         if (!error_.empty()) break;
-        if (!moved && left > 0) error_ = deadlock();
+        if (!moved && left > 0 && resting == 0) error_ = deadlock();
         if (!error_.empty()) break;
+        if (resting == 0)
+            first_resting = draw(count), resting = draw(count);
+        else if (!moved)
+            resting = 0;
     }
     current_ = -1;
     return error_;
@@ -104,7 +108,8 @@ std::string Fibers::deadlock() const {
     }
     std::string message = "deadlock";
     for (const auto& [text, who] : waiting)
-        message += "; " + std::to_string(who.second) + " threads from " + std::to_string(who.first) + " on wait for " + text;
+        message +=
+            "; " + std::to_string(who.second) + " threads from " + std::to_string(who.first) + " on wait for " + text;
     return message;
 }
 

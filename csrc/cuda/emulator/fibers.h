@@ -38,10 +38,16 @@ class Fibers {
         fiber.reason = reason;
         leave();
     }
+    // Lets every other fiber that can go on do so first.
+    void rest() {
+        fibers_[current_].ready = nullptr;
+        leave();
+    }
     // A draw for what hardware may do in either order: never without a seed.
     bool coin();
 
   private:
+    int draw(int below);  // 0 without a seed
     struct Fiber {
         ucontext_t registers;
         bool (*ready)(const void*) = nullptr;  // null: may run

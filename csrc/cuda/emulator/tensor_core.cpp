@@ -3,28 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
-#include "numbers.h"
 #include "cta.h"
+#include "numbers.h"
 
 namespace fusedformer::cuda::emulator {
 namespace {
 
 constexpr int kRows = 64, kDepth = 16, kMostColumns = 256;
 constexpr uint32_t kPoison = 0x7FC0DEAD;  // NaN, in registers of a product under way
-
-struct Fragment {
-    int row, column;
-};
-
-// PTX ISA, "Register Fragments and Shared Memory Matrix Layouts" of wgmma.mma_async with K = 16: whose element is whose.
-Fragment of_accumulator(int thread, int i) {
-    const int warp = thread / 32, lane = thread % 32;
-    return {16 * warp + lane / 4 + 8 * (i / 2 % 2), 8 * (i / 4) + 2 * (lane % 4) + i % 2};
-}
-Fragment of_operand(int thread, int pair) {
-    const int warp = thread / 32, lane = thread % 32;
-    return {16 * warp + lane / 4 + 8 * (pair % 2), 8 * (pair / 2) + 2 * (lane % 4)};
-}
 
 float number(uint16_t bits, bool bf16) { return bf16 ? from_bf16(bits) : from_half(bits); }
 
@@ -69,9 +55,9 @@ Held& held_by(TensorCoreQueue& queue, const float* acc) {
 }
 
 bool alike(const Product& x, const Product& y) {
-    return x.accumulators == y.accumulators && (x.a == nullptr) == (y.a == nullptr) && x.a_descriptor == y.a_descriptor &&
-           x.b_descriptor == y.b_descriptor && x.accumulate == y.accumulate && x.group == y.group && x.bf16 == y.bf16 &&
-           x.transpose_a == y.transpose_a && x.transpose_b == y.transpose_b;
+    return x.accumulators == y.accumulators && (x.a == nullptr) == (y.a == nullptr) &&
+           x.a_descriptor == y.a_descriptor && x.b_descriptor == y.b_descriptor && x.accumulate == y.accumulate &&
+           x.group == y.group && x.bf16 == y.bf16 && x.transpose_a == y.transpose_a && x.transpose_b == y.transpose_b;
 }
 
 // One product of 128 threads, on what their accumulators hold.
@@ -91,11 +77,11 @@ void multiply(Thread* threads, size_t index) {
         if (!alike(mine, first)) fail("threads 0 and %d of a warpgroup call different WGMMAs", t);
         const Held& held = held_by(threads[t].products, mine.acc);
         for (int i = 0; i < mine.accumulators; ++i) {
-            const Fragment at = of_accumulator(t, i);
+            const Place at = of_accumulator(t, i);
             d[at.row][at.column] = mine.accumulate ? held.values[i] : 0.0f;
         }
         for (int pair = 0; mine.a != nullptr && pair < 4; ++pair) {
-            const Fragment at = of_operand(t, pair);
+            const Place at = of_operand(t, pair);
             a[at.row][at.column] = number(static_cast<uint16_t>(mine.a[pair]), mine.bf16);
             a[at.row][at.column + 1] = number(static_cast<uint16_t>(mine.a[pair] >> 16), mine.bf16);
         }
@@ -111,7 +97,7 @@ void multiply(Thread* threads, size_t index) {
         const Product& mine = threads[t].products.products[index];
         Held& held = held_by(threads[t].products, mine.acc);
         for (int i = 0; i < mine.accumulators; ++i) {
-            const Fragment at = of_accumulator(t, i);
+            const Place at = of_accumulator(t, i);
             held.values[i] = d[at.row][at.column];
         }
     }
@@ -149,6 +135,16 @@ void complete(Thread* threads) {
 }
 
 }  // namespace
+
+Place of_accumulator(int thread, int i) {
+    const int warp = thread / 32, lane = thread % 32;
+    return {16 * warp + lane / 4 + 8 * (i / 2 % 2), 8 * (i / 4) + 2 * (lane % 4) + i % 2};
+}
+
+Place of_operand(int thread, int pair) {
+    const int warp = thread / 32, lane = thread % 32;
+    return {16 * warp + lane / 4 + 8 * (pair % 2), 8 * (pair / 2) + 2 * (lane % 4)};
+}
 
 void issue(Product product) {
     TensorCoreQueue& queue = block().self().products;

@@ -6,6 +6,15 @@
 
 namespace fusedformer::cuda::emulator {
 
+struct Place {
+    int row, column;
+};
+
+// Whose element is whose: PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16". Of thread 0..127 of a warpgroup,
+// the place of accumulator i, and of the first of the two numbers in register `pair` of the first operand.
+Place of_accumulator(int thread, int i);
+Place of_operand(int thread, int pair);
+
 // One thread's part in a product of its warpgroup.
 struct Product {
     float* acc;

@@ -23,8 +23,8 @@ namespace emulator {
 struct PendingLoad {
     uint64_t* bar;
     TensorMap map;
-    uint32_t panel;  // where to, in shared memory
-    int place[4];    // feature, row, head, batch
+    uint32_t panel;                // where to, in shared memory
+    int place[4];                  // feature, row, head, batch
     const char* source = nullptr;  // or plain bytes
     int bytes = 0;
 };

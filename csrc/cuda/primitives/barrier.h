@@ -1,8 +1,8 @@
 // Barriers in shared memory that count arrivals and bytes (PTX ISA, "mbarrier").
 //
 // A phase ends when `count` threads have arrived and all bytes expected in it have come; then the next begins.
-// barrier_wait(bar, parity) returns once the phase of that parity (the first is 0) has ended: on a new barrier a wait for
-// parity 1 returns at once.
+// barrier_wait(bar, parity) returns once the phase of that parity (the first is 0) has ended: on a new barrier a wait
+// for parity 1 returns at once.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ DEVICE void barrier_wait(uint64_t* bar, int parity) {
         ".reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra.uni over;\n"
-        "bra.uni again;\n"
+        "@done bra over;\n"
+        "bra again;\n"
         "over:\n"
         "}\n" ::"r"(shared_address(bar)),
         "r"(parity)

@@ -29,8 +29,8 @@ DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" 
 // Four 8 x 8 matrices of 16-bit numbers, from fragments as WGMMA's accumulators have them: lane l gives the address of
 // row l % 8 of matrix l / 8, and of each matrix holds row l / 4, columns 2 (l % 4) and the next (PTX ISA, "stmatrix").
 DEVICE void store_matrix(void* row, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
 // The same, each matrix transposed on its way.

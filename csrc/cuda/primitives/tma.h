@@ -17,8 +17,8 @@ struct alignas(64) TensorMap {
 };
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 
-// Boxes of `box_rows` rows (at most 256) by 64 features; loads give 0 and stores leave alone what lies outside the tensor.
-// nullptr, or why not: data and strides must be multiples of 16 bytes.
+// Boxes of `box_rows` rows (at most 256) by 64 features; loads give 0 and stores leave alone what lies outside the
+// tensor. nullptr, or why not: data and strides must be multiples of 16 bytes.
 inline const char* make_tensor_map(TensorMap& map, const Tensor4& x, int batch, int heads, int rows, int features,
                                    bool bf16, int box_rows) {
     using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -27,8 +27,13 @@ inline const char* make_tensor_map(TensorMap& map, const Tensor4& x, int batch, 
     static const Encode encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                                   cudaEnableDefault, &found);
+#if CUDART_VERSION >= 12050
+        const cudaError_t error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+        const cudaError_t error =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
         return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
                                                                             : nullptr;
     }();
@@ -39,18 +44,16 @@ inline const char* make_tensor_map(TensorMap& map, const Tensor4& x, int batch, 
     const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1};
     const cuuint32_t steps[4] = {1, 1, 1, 1};
     CUtensorMap encoded;
-    const CUresult result = encode(&encoded, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                                   4, x.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encode(&encoded, bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, x.data, sizes,
+               strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) return "cuTensorMapEncodeTiled refused a tensor: its data or strides are not aligned";
     std::memcpy(&map, &encoded, sizeof(map));
     return nullptr;
 }
 
-DEVICE void tma_prefetch(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
+DEVICE void tma_prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
 // By one thread. A box is box_rows x 128 bytes and counts in full on `bar`, also where it hangs over the tensor's end.
 DEVICE void tma_load(void* panel, const TensorMap& map, uint64_t* bar, int feature, int row, int head, int batch) {

@@ -1,13 +1,16 @@
-// Warpgroup matrix products (PTX ISA, "wgmma.mma_async"): D (64 x N, fp32) = or += A (64 x 16) B (16 x N), in bf16 or fp16.
+// Warpgroup matrix products (PTX ISA, "wgmma.mma_async"): D (64 x N, fp32) = or += A (64 x 16) B (16 x N).
 //
 // Each of a warpgroup's 128 threads calls the same. Thread t of warp w (in its group) has lane l = t % 32 and holds
 //   D   acc[i]: row 16 w + l / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (l % 4) + i % 2
 //   A   pair a[j]: row 16 w + l / 4 + 8 (j % 2), columns 8 (j / 2) + 2 (l % 4) and the next
 // so that four pairs of neighbouring accumulators, rounded, are the A of a next product.
 //
-// The products run on after the call. Between it and the wgmma_wait that covers them, registers of `acc` and `a` may not be
-// touched, nor the shared memory of the descriptors be written; the arrays must live as long. Write registers, then
-// wgmma_fence(them), products, wgmma_commit (a group), and at last wgmma_wait<groups that may still run>(what ended).
+// The products run on after the call. Between it and the wgmma_wait that covers them, registers of `acc` and `a` may
+// not be touched, nor the shared memory of the descriptors be written; the arrays must live as long. Write registers,
+// then wgmma_fence(them), products, wgmma_commit (a group), and at last wgmma_wait<groups that still run>(what ended).
+//
+// Where a wait really stands is up to the compiler: in one basic block with arithmetic that was to run under the
+// products it may come first. Read the machine code.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +54,7 @@ DEVICE void wgmma_wait(Registers&... registers) {
 #define NAMES_9 NAMES_8 ",%72,%73,%74,%75,%76,%77,%78,%79"
 #define NAMES_10 NAMES_9 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define NAMES_11 NAMES_10 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define EIGHT(i)                                                                                              \
+#define EIGHT(i)                                                                                            \
     "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]), \
         "+f"(acc[i + 6]), "+f"(acc[i + 7])
 #define VALUES_0 EIGHT(0)
@@ -68,30 +71,30 @@ DEVICE void wgmma_wait(Registers&... registers) {
 #define VALUES_11 VALUES_10, EIGHT(88)
 
 // One instruction. `p` says whether D is added to; the ones that follow leave the signs of A and B as they are.
-#define WGMMA_SHARED(N, TYPE, LAST, A, B, P, TA, TB)                                                                \
+#define WGMMA_SHARED(N, TYPE, LAST, A, B, P, TA, TB)                                                                  \
     asm volatile("{.reg .pred p;setp.ne.b32 p,%" P ",0;wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-                 " {" NAMES_##LAST "},%" A ",%" B ",p,1,1,%" TA ",%" TB ";}"                                         \
-                 : VALUES_##LAST                                                                                     \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B)             \
+                 " {" NAMES_##LAST "},%" A ",%" B ",p,1,1,%" TA ",%" TB ";}"                                          \
+                 : VALUES_##LAST                                                                                      \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B)              \
                  : "memory")
-#define WGMMA_REGISTERS(N, TYPE, LAST, A0, A1, A2, A3, B, P, TB)                                                     \
+#define WGMMA_REGISTERS(N, TYPE, LAST, A0, A1, A2, A3, B, P, TB)                                                      \
     asm volatile("{.reg .pred p;setp.ne.b32 p,%" P ",0;wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-                 " {" NAMES_##LAST "},{%" A0 ",%" A1 ",%" A2 ",%" A3 "},%" B ",p,1,1,%" TB ";}"                      \
-                 : VALUES_##LAST                                                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),            \
-                   "n"(TRANSPOSE_B)                                                                                  \
+                 " {" NAMES_##LAST "},{%" A0 ",%" A1 ",%" A2 ",%" A3 "},%" B ",p,1,1,%" TB ";}"                       \
+                 : VALUES_##LAST                                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),             \
+                   "n"(TRANSPOSE_B)                                                                                   \
                  : "memory")
-#define WGMMA_CASES(FORM, N, LAST, ...)                          \
-    if constexpr (sizeof(acc) / sizeof(float) * 2 == N) {        \
-        if constexpr (BF16)                                      \
-            FORM(N, "bf16", LAST, __VA_ARGS__);                  \
-        else                                                     \
-            FORM(N, "f16", LAST, __VA_ARGS__);                   \
+#define WGMMA_CASES(FORM, N, LAST, ...)                   \
+    if constexpr (sizeof(acc) / sizeof(float) * 2 == N) { \
+        if constexpr (BF16)                               \
+            FORM(N, "bf16", LAST, __VA_ARGS__);           \
+        else                                              \
+            FORM(N, "f16", LAST, __VA_ARGS__);            \
     }
 
 template <int N>
-inline constexpr bool has_wgmma = N == 16 || N == 32 || N == 64 || N == 80 || N == 96 || N == 128 || N == 160 ||
-                                  N == 176 || N == 192;
+inline constexpr bool has_wgmma =
+    N == 16 || N == 32 || N == 64 || N == 80 || N == 96 || N == 128 || N == 160 || N == 176 || N == 192;
 
 // A and B in shared memory. A transposed operand is one whose tile's rows are contracted.
 template <bool BF16, bool TRANSPOSE_A, bool TRANSPOSE_B, int ACCUMULATORS>

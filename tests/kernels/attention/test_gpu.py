@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fusedformer.functional import attention, attention_with_kvcache
 from tests.cases import CASES, Case, make_inputs
-from tests.kernels.attention import caches
+from tests.kernels.attention import caches, test_cuda
 from tests.kernels.attention.caches import Cache, make_cache
 from tests.kernels.attention.eager import assert_results_within_contract, fused, results
+from tests.lanes import compiled
 from tests.tolerances import assert_equal_bits, assert_no_mistake
 
 pytestmark = pytest.mark.gpu
@@ -30,6 +31,12 @@ LONG = (
     Case("long head", heads=1, len_q=300, head_dim=256, mask="bool BHLS"),
     Case("long mask 64 modulo 128", batch=1, len_q=192, head_dim=128, mask="bool LS"),
 )  # fmt: skip
+# More blocks than a GPU runs at a time.
+VERY_LONG = (
+    Case("very long", batch=2, heads=16, len_q=2049, head_dim=64, is_causal=True),
+    Case("very long", batch=2, heads=16, heads_kv=4, len_q=2047, head_dim=128),
+    Case("very long window", heads=16, len_q=3000, head_dim=128, window=(700, 0)),
+)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -77,6 +84,42 @@ def test_same_bits_many_times(case: Case, dtype: torch.dtype, seed: int) -> None
     for _ in range(5):
         for name, x in results(fused("triton"), inputs).items():
             assert_equal_bits(x, first[name], name)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", test_cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in (*LONG, *VERY_LONG) if test_cuda.is_taken(case)], ids=str)
+def test_cuda_kernels_hold_the_contract_many_times(case: Case, dtype: torch.dtype, seed: int) -> None:
+    """Blocks wait for each other's parts of the query's gradient: the same bits, however they are scheduled."""
+    inputs = make_inputs(case, dtype, "cuda", seed)
+    first = results(fused("cuda"), inputs)
+    assert_results_within_contract(first, inputs)
+    for _ in range(10):
+        for name, x in results(fused("cuda"), inputs).items():
+            assert_equal_bits(x, first[name], name)
+
+
+@compiled
+def test_cuda_kernels_in_a_graph(seed: int) -> None:
+    inputs = make_inputs(LONG[0], torch.bfloat16, "cuda", seed)
+    leaves, named = inputs.leaves()
+    tensors = list(named.values())
+
+    def step() -> tuple[Tensor, ...]:
+        out = attention(leaves.query, leaves.key, leaves.value, **leaves.options, backend="cuda")
+        return out, *torch.autograd.grad(out, tensors, inputs.grad_out)
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for x in captured:
+            x.fill_(float("nan"))
+        graph.replay()
+        for actual, right in zip(captured, expected, strict=True):
+            assert_equal_bits(actual, right)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,6 +219,16 @@ CACHES = [
     *((name, None, dtype) for name in LONG_CACHES for dtype in DTYPES),
     *((name, page, torch.bfloat16) for name in ("long", "a long window", "odd head dims") for page in (7, 16, 256)),
 ]
+
+
+@compiled
+@pytest.mark.parametrize(("name", "page", "dtype"), [x for x in CACHES if x[2] != torch.float32], ids=str)
+def test_a_cache_holds_the_contract_by_cuda(name: str, page: int | None, dtype: torch.dtype, seed: int) -> None:
+    cache = make_cache(**(caches.CASES | LONG_CACHES)[name], dtype=dtype)
+    if max(cache.query.size(3), cache.value_cache.size(3)) > 256 or cache.value_cache.size(3) % 8:
+        pytest.skip("a head dim that the kernels do not take")
+    used = (cache.copy() if page is None else cache.paged(page)).to("cuda")
+    caches.assert_right(*used("cuda"), cache.to("cuda"))
 
 
 @pytest.mark.parametrize(("name", "page", "dtype"), CACHES, ids=str)
