@@ -87,7 +87,7 @@ def read_rate(working_set: int, threads: int, level: str) -> float:
 
 def native_level() -> str:
     """The instruction set level that the native kernels use now; "" where they are not built."""
-    return native.level() if native.EXTENSION_PATH else ""
+    return native.level() if native.EXTENSION.path else ""
 
 
 def _units(level: str) -> tuple[str, ...]:
@@ -95,5 +95,5 @@ def _units(level: str) -> tuple[str, ...]:
 
 
 def _operators() -> Any:
-    native.load()
+    native.EXTENSION.load()
     return torch.ops.fusedformer_native

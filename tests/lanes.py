@@ -11,12 +11,12 @@ interpreted = pytest.mark.skipif(
     not (TRITON_INSTALLED and TRITON_INTERPRETED),
     reason="Triton compiles for the GPU here; TRITON_INTERPRET=1 interprets",
 )
-built = pytest.mark.skipif(native.EXTENSION_PATH is None, reason=f"native extension {native.absence()}")
+built = pytest.mark.skipif(native.EXTENSION.path is None, reason=f"native extension {native.EXTENSION.absence}")
 emulated = pytest.mark.skipif(
     cuda.EMULATED.path is None, reason=f"emulation of the CUDA kernels {cuda.EMULATED.absence}"
 )
 compiled = pytest.mark.skipif(cuda.ON_GPU.path is None, reason=f"CUDA extension {cuda.ON_GPU.absence}")
-LEVELS = native.levels() if native.EXTENSION_PATH else {}
+LEVELS = native.levels() if native.EXTENSION.path else {}
 RUNNABLE = [name for name, refusal in LEVELS.items() if refusal is None]
 
 REFERENCE = pytest.param("reference", "cpu", id="reference")

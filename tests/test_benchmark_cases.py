@@ -24,7 +24,7 @@ from benchmarks.timing import threads_set_to
 from fusedformer.kernels.common import native
 
 CEILINGS = Ceilings("cpu", 1, 1e10, {"fp32": 1e11, "fp16": 1e9, "bf16": 2e11})
-NEEDS_EXTENSION = pytest.mark.skipif(native.EXTENSION_PATH is None, reason="the native extension is not built")
+NEEDS_EXTENSION = pytest.mark.skipif(native.EXTENSION.path is None, reason="the native extension is not built")
 TINY = AttentionCase("fp32", 1, 2, 16, 8, is_causal=True)
 
 
@@ -161,7 +161,7 @@ def test_ceilings_are_measured() -> None:
     found = measure_ceilings("cpu", quick=True)
     assert found.matmul.keys() == {"fp32", "fp16", "bf16"}
     assert all(1e6 < rate < 1e15 for rate in (found.bandwidth, *found.matmul.values()))
-    if native.EXTENSION_PATH is None:
+    if native.EXTENSION.path is None:
         assert (found.level, found.units, found.read) == ("", {}, None)
         return
     assert found.level == native.level()

@@ -99,12 +99,7 @@ class KVCache:
         Raises:
             ValueError: the cache has no room for L more.
         """
-        self._added = key.size(2)
-        if self._longest + self._added > self.capacity:
-            room = self.capacity - self._longest
-            raise ValueError(
-                f"key: got {self._added} tokens, expected at most {room}, as many as the cache has room for"
-            )
+        self.reserve(key.size(2))
         if self.is_empty:
             self._fill(self.keys[layer], key)
             self._fill(self.values[layer], value)
@@ -118,6 +113,17 @@ class KVCache:
             value=value,
             block_table=self.block_table,
         )
+
+    def reserve(self, count: int) -> None:
+        """Says that each layer appends ``count`` tokens now, as :meth:`attend` does by itself.
+
+        Raises:
+            ValueError: the cache has no room for them.
+        """
+        if self._longest + count > self.capacity:
+            room = self.capacity - self._longest
+            raise ValueError(f"key: got {count} tokens, expected at most {room}, as many as the cache has room for")
+        self._added = count
 
     def _fill(self, cache: Tensor, new: Tensor) -> None:
         """The first slots of each row, which lie in blocks of its own."""
@@ -134,6 +140,12 @@ class KVCache:
     def positions(self, count: int) -> Tensor:
         """Int64 (B, count): where the next ``count`` tokens of each row stand."""
         return self.lengths[:, None] + self._offsets[:count]
+
+    def offset(self, count: int) -> int | Tensor:
+        """:meth:`positions`; or their length, where all rows on the CPU share one: an encoding looks that up."""
+        if self._shortest == self._longest and self.lengths.is_cpu and not torch.compiler.is_compiling():
+            return self._longest
+        return self.positions(count)
 
     def advance(self, count: int | Tensor) -> None:
         """Keeps what all layers have appended: ``count`` tokens, of each row or, a tensor (B,), per row."""

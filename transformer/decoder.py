@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import MultiheadAttention
 from .cache import KVCache
+from .decoder_step import decode_at_once
 from .sublayers import add_and_norm, add_feed_forward, add_norm, feed_forward_block, is_overridden, layer_norm
 
 
@@ -143,6 +144,10 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         Returns:
             (B, L, d_model).
         """
+        if not is_overridden(self, "_attend_remembered", TransformerDecoderLayer._attend_remembered):
+            out = decode_at_once(self, x, cache, layer)
+            if out is not None:
+                return out
         if self.norm_first:
             x = x + self.self_attn.attend_cached(layer_norm(x, self.norm1), cache, layer)
             x = x + self._attend_remembered(layer_norm(x, self.norm2), cache, layer)

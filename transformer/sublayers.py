@@ -62,7 +62,7 @@ def add_norm(update: Tensor, dropout: Dropout, residual: Tensor, norm: Any) -> T
     """``norm(residual + dropout(update))``."""
     if _is_fusable(norm, dropout):
         return dropout_add_layer_norm(
-            update, residual, norm.weight, norm.bias, dropout_p=_probability(dropout), eps=norm.eps
+            update, residual, norm.weight, norm.bias, dropout_p=probability(dropout), eps=norm.eps
         )
     out: Tensor = norm(residual + _dropped(update, dropout))
     return out
@@ -76,7 +76,7 @@ def add_and_norm(update: Tensor, dropout: Dropout, residual: Tensor, norm: Any) 
             residual,
             norm.weight,
             norm.bias,
-            dropout_p=_probability(dropout),
+            dropout_p=probability(dropout),
             eps=norm.eps,
             return_sum=True,
         )
@@ -94,7 +94,7 @@ def layer_norm(x: Tensor, norm: Any) -> Tensor:
 
 def feed_forward_block(layer: Any, x: Tensor, dropout: Dropout) -> tuple[Tensor, Dropout]:
     """The feed-forward network's result, and the dropout that is still to be applied to it."""
-    activation = _fused_activation(layer)
+    activation = fused_activation(layer)
     if activation is None:
         return layer._ff_block(x), None
     return _feed_forward(layer, x, activation, None, None), dropout
@@ -102,7 +102,7 @@ def feed_forward_block(layer: Any, x: Tensor, dropout: Dropout) -> tuple[Tensor,
 
 def add_feed_forward(layer: Any, x: Tensor, dropout: Dropout, residual: Tensor) -> Tensor:
     """``residual + dropout(FFN(x))``."""
-    activation = _fused_activation(layer)
+    activation = fused_activation(layer)
     if activation is None:
         out: Tensor = residual + layer._ff_block(x)
         return out
@@ -110,29 +110,12 @@ def add_feed_forward(layer: Any, x: Tensor, dropout: Dropout, residual: Tensor) 
     if is_plain(dropout) and not torch.is_autocast_enabled(x.device.type):
         return _feed_forward(layer, x, activation, residual, dropout)
     update = _feed_forward(layer, x, activation, None, None)
-    if is_plain(dropout) and _probability(dropout) > 0.0:  # the sum beside a norm: no mask is kept
-        return dropout_add_layer_norm(update, residual, None, None, dropout_p=_probability(dropout), return_sum=True)[1]
+    if is_plain(dropout) and probability(dropout) > 0.0:  # the sum beside a norm: no mask is kept
+        return dropout_add_layer_norm(update, residual, None, None, dropout_p=probability(dropout), return_sum=True)[1]
     return residual + _dropped(update, dropout)
 
 
-def _feed_forward(
-    layer: Any, x: Tensor, activation: str | Function, residual: Tensor | None, dropout: Dropout
-) -> Tensor:
-    return feed_forward(
-        x,
-        layer.linear1.weight,
-        layer.linear2.weight,
-        layer.linear1.bias,
-        layer.linear2.bias,
-        activation=activation,
-        dropout_p=_probability(layer.dropout),
-        residual=residual,
-        residual_dropout_p=_probability(dropout),
-        recompute=layer.recompute,
-    )
-
-
-def _fused_activation(layer: Any) -> str | Function | None:
+def fused_activation(layer: Any) -> str | Function | None:
     """The activation of a network that the fused function computes; None where it does not."""
     linear1, linear2 = layer.linear1, layer.linear2
     if not is_plain(linear1, linear2, layer.dropout) or is_overridden(layer, "_ff_block", *_FEED_FORWARD_BLOCKS):
@@ -146,6 +129,23 @@ def _fused_activation(layer: Any) -> str | Function | None:
     return activation
 
 
+def _feed_forward(
+    layer: Any, x: Tensor, activation: str | Function, residual: Tensor | None, dropout: Dropout
+) -> Tensor:
+    return feed_forward(
+        x,
+        layer.linear1.weight,
+        layer.linear2.weight,
+        layer.linear1.bias,
+        layer.linear2.bias,
+        activation=activation,
+        dropout_p=probability(layer.dropout),
+        residual=residual,
+        residual_dropout_p=probability(dropout),
+        recompute=layer.recompute,
+    )
+
+
 def _is_dense(weight: Tensor) -> bool:
     """Whether a kernel may read it: what is quantised is torch's to compute with."""
     return type(weight) in _PLAIN or not is_traceable_wrapper_subclass(weight)
@@ -155,7 +155,7 @@ def _is_fusable(norm: Any, dropout: Dropout) -> bool:
     return is_plain(norm, dropout) and type(norm) is torch.nn.LayerNorm and len(norm.normalized_shape) == 1
 
 
-def _probability(dropout: Any) -> float:
+def probability(dropout: Any) -> float:
     """Of an element to be dropped by this module now."""
     return dropout.p if dropout is not None and dropout.training else 0.0
 

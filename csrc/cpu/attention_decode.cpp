@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "decode_problem.h"
+#include "decode_tensors.h"
 #include "level.h"
 #include "runtime.h"
 #include "tensors.h"
@@ -35,20 +36,20 @@ char* slot(const DecodeProblem& p, const Rows& cache, int64_t b, int64_t head, i
     return static_cast<char*>(cache.data) + (block * cache.batch + head * cache.head + position * cache.row) * item;
 }
 
-void append(const DecodeProblem& p, const Rows& cache, const Tensor& added) {
-    const int64_t item = added.element_size();
+int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+void append(const DecodeProblem& p, const Rows& cache, const Rows& added, int64_t features) {
+    const int64_t item = size_of(p.type);
     for (int64_t b = 0; b < p.batch; b++)
         for (int64_t head = 0; head < p.heads_kv; head++)
             for (int64_t i = 0; i < p.appended; i++) {
-                const auto* from = static_cast<const char*>(added.data_ptr()) +
-                                   (b * added.stride(0) + head * added.stride(1) + i * added.stride(2)) * item;
-                std::memcpy(slot(p, cache, b, head, p.lengths[b] + i, item), from, added.size(3) * item);
+                const auto* from =
+                    static_cast<const char*>(added.data) + (b * added.batch + head * added.head + i * added.row) * item;
+                std::memcpy(slot(p, cache, b, head, p.lengths[b] + i, item), from, features * item);
             }
 }
 
-void* at(void* data, Type type, int64_t elements) {
-    return static_cast<char*>(data) + elements * (type == Type::float32 ? 4 : 2);
-}
+void* at(void* data, Type type, int64_t elements) { return static_cast<char*>(data) + elements * size_of(type); }
 
 // One sequence of a cache in one piece, as a problem of its own.
 Problem sequence(const DecodeProblem& p, int64_t b) {
@@ -61,18 +62,12 @@ Problem sequence(const DecodeProblem& p, int64_t b) {
     return one;  // sinks are the same for every sequence
 }
 
-void append(DecodeProblem& p, const Tensor& key, const Tensor& value) {
-    p.appended = key.size(2);
-    append(p, p.key, key);
-    append(p, p.value, value);
-}
-
-void attend(const DecodeProblem& p, const Tensor& out, float* lse) {
-    if (p.block_table || is_decode(p)) return decode(p, rows(out), lse, nullptr);
+void attend(const DecodeProblem& p, const Rows& out, float* lse) {
+    if (p.block_table || is_decode(p)) return decode(p, out, lse, nullptr);
     std::vector<float> lse_residual(p.heads * p.len_q);
     for (int64_t b = 0; b < p.batch; b++) {
         const Problem one = sequence(p, b);
-        Rows one_out = rows(out);
+        Rows one_out = out;
         one_out.data = at(one_out.data, p.type, b * one_out.batch);
         chosen_kernels().forward(one, {one_out, lse + b * p.heads * p.len_q, lse_residual.data()}, runtime());
     }
@@ -97,17 +92,19 @@ void attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor
         p.block_table = static_cast<const int32_t*>(block_table->data_ptr());
         p.table_row = block_table->stride(0), p.table_column = block_table->stride(1), p.page = key_cache.size(2);
     }
-    if (key && value) append(p, *key, *value);
-    attend(p, out, static_cast<float*>(lse.data_ptr()));
+    auto* const lse_data = static_cast<float*>(lse.data_ptr());
+    if (!key || !value) return attend(p, rows(out), lse_data);
+    p.appended = key->size(2);
+    append_and_attend(p, rows(*key), rows(*value), rows(out), lse_data);
 }
 
 Sizes sizes(const Tensor& x) { return {x.size(0), x.size(1), x.size(2), x.size(3)}; }
 
-// Each slot, if it is to be written, at a place of its own.
-bool is_plain(const Tensor& x, Type type, bool is_written) {
-    if (x.dim() != 4 || !is_computed(x) || type_of(x) != type || x.stride(3) != 1) return false;
+// Each slot at a place of its own.
+bool is_written(const Tensor& x, Type type) {
+    if (!is_read(x, type)) return false;
     for (int64_t dim = 0; dim < 4; dim++)
-        if (x.size(dim) == 0 || (is_written && x.size(dim) > 1 && x.stride(dim) == 0)) return false;
+        if (x.size(dim) > 1 && x.stride(dim) == 0) return false;
     return true;
 }
 
@@ -142,46 +139,63 @@ std::optional<Tensor> plain(Tensor query, Tensor key_cache, Tensor value_cache, 
     DecodeProblem p;
     p.type = type_of(query);
     for (const Tensor* x : {&query, &key, &value})
-        if (!is_plain(*x, p.type, false)) return std::nullopt;
-    for (const Tensor* x : {&key_cache, &value_cache})
-        if (!is_plain(*x, p.type, true)) return std::nullopt;
+        if (!is_read(*x, p.type)) return std::nullopt;
     const auto [batch, heads, len_q, head_dim] = sizes(query);
-    const auto [rows_of_cache, heads_kv, slots, head_dim_k] = sizes(key_cache);
-    p.batch = batch, p.heads = heads, p.heads_kv = heads_kv, p.len_q = len_q;
-    p.head_dim = head_dim, p.head_dim_v = value_cache.size(3), p.appended = key.size(2);
-    if (head_dim_k != head_dim || heads % heads_kv != 0) return std::nullopt;
-    if (sizes(value_cache) != Sizes{rows_of_cache, heads_kv, slots, p.head_dim_v}) return std::nullopt;
-    if (sizes(key) != Sizes{batch, heads_kv, p.appended, head_dim}) return std::nullopt;
-    if (sizes(value) != Sizes{batch, heads_kv, p.appended, p.head_dim_v}) return std::nullopt;
-    int64_t capacity = slots;
-    if (block_table) {
-        const Tensor& table = *block_table;
-        if (table.scalar_type() != torch::headeronly::ScalarType::Int || table.dim() != 2 || table.size(0) != batch)
-            return std::nullopt;
-        p.block_table = static_cast<const int32_t*>(table.data_ptr());
-        p.table_row = table.stride(0), p.table_column = table.stride(1), p.page = slots;
-        capacity = slots * table.size(1);
-    } else if (rows_of_cache != batch) {
-        return std::nullopt;
-    }
-    const auto lengths = plain_lengths(cache_seqlens, batch, capacity - p.appended);
-    if (!lengths) return std::nullopt;
+    p.batch = batch, p.heads = heads, p.len_q = len_q, p.head_dim = head_dim, p.appended = key.size(2);
+    const auto lengths = use_cache(p, key_cache, value_cache, cache_seqlens, block_table);
+    if (!lengths || sizes(key) != Sizes{batch, p.heads_kv, p.appended, head_dim}) return std::nullopt;
+    if (sizes(value) != Sizes{batch, p.heads_kv, p.appended, p.head_dim_v}) return std::nullopt;
     p.lengths = lengths->data();
-    if (p.block_table && !are_blocks(p, rows_of_cache)) return std::nullopt;
-    p.query = rows(query), p.key = rows(key_cache), p.value = rows(value_cache);
+    p.query = rows(query);
     p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
     p.window_left = -1, p.window_right = is_causal ? 0 : -1, p.softcap = 0.0;
 
     const Sizes shape = {batch, heads, len_q, p.head_dim_v};
     const Sizes strides = dense_strides(shape, {query.stride(0), query.stride(1), query.stride(2), 1});
     Tensor out = new_tensor(query, 4, shape.data(), strides.data());
-    append(p, key, value);
     const std::unique_ptr<float[]> lse(new float[batch * heads * len_q]);
-    attend(p, out, lse.get());
+    append_and_attend(p, rows(key), rows(value), rows(out), lse.get());
     return out;
 }
 
 }  // namespace
+
+bool is_read(const Tensor& x, Type type) {
+    if (x.dim() != 4 || !is_computed(x) || type_of(x) != type || x.stride(3) != 1) return false;
+    return x.numel() > 0;
+}
+
+std::optional<std::vector<int64_t>> use_cache(DecodeProblem& p, const Tensor& key_cache, const Tensor& value_cache,
+                                              const Tensor& cache_seqlens, const MaybeTensor& block_table) {
+    if (!is_written(key_cache, p.type) || !is_written(value_cache, p.type)) return std::nullopt;
+    const auto [blocks, heads_kv, slots, head_dim] = sizes(key_cache);
+    p.heads_kv = heads_kv, p.head_dim_v = value_cache.size(3);
+    if (head_dim != p.head_dim || p.heads % heads_kv != 0) return std::nullopt;
+    if (sizes(value_cache) != Sizes{blocks, heads_kv, slots, p.head_dim_v}) return std::nullopt;
+    int64_t capacity = slots;
+    if (block_table) {
+        const Tensor& table = *block_table;
+        if (table.scalar_type() != torch::headeronly::ScalarType::Int || table.dim() != 2 || table.size(0) != p.batch)
+            return std::nullopt;
+        p.block_table = static_cast<const int32_t*>(table.data_ptr());
+        p.table_row = table.stride(0), p.table_column = table.stride(1), p.page = slots;
+        capacity = slots * table.size(1);
+    } else if (blocks != p.batch) {
+        return std::nullopt;
+    }
+    auto lengths = plain_lengths(cache_seqlens, p.batch, capacity - p.appended);
+    if (!lengths) return std::nullopt;
+    p.lengths = lengths->data();
+    if (p.block_table && !are_blocks(p, blocks)) return std::nullopt;
+    p.key = rows(key_cache), p.value = rows(value_cache);
+    return lengths;
+}
+
+void append_and_attend(const DecodeProblem& p, const Rows& key, const Rows& value, const Rows& out, float* lse) {
+    append(p, p.key, key, p.head_dim);
+    append(p, p.value, value, p.head_dim_v);
+    attend(p, out, lse);
+}
 
 void decode(DecodeProblem p, Rows out, float* lse, float* lse_residual) {
     const int64_t rows = p.batch * p.heads * p.len_q, keys = most_keys(p);

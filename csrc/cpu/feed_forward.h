@@ -260,8 +260,9 @@ class FeedForward {
 
     bool first_products(const Epilogue& epilogue, int64_t token, int64_t m) const {
         const Matrix input = rows_from(p_.input, token, SIZE);
-        const Product products[] = {{{input}, {p_.weight1, true, false, kept(p_.packed1)}, 0},
-                                    {{input}, {p_.gate_weight, true, false, kept(p_.packed_gate)}, 1}};
+        const void* then = p_.weight2.data;
+        const Product products[] = {{{input}, {p_.weight1, true, false, kept(p_.packed1)}, 0, then},
+                                    {{input}, {p_.gate_weight, true, false, kept(p_.packed_gate)}, 1, then}};
         return Gemm<E>::run(products, p_.is_gated() ? 2 : 1, m, p_.d_ff, p_.d_in, epilogue, runtime_);
     }
 

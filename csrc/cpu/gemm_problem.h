@@ -20,6 +20,7 @@ struct LinearProblem {
     Matrix input, weight;
     const void* bias = nullptr;
     void* packed_weight = nullptr;  // as Kernels::pack_weight left it
+    const void* then = nullptr;     // what will be read after the weight, if that is known
 };
 
 struct LinearGradients {  // null data where not wanted

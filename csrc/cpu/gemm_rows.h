@@ -24,7 +24,8 @@ struct Operand {
 
 struct Product {
     Operand left, right;
-    int result = 0;  // which of the C it is added to
+    int result = 0;              // which of the C it is added to
+    const void* then = nullptr;  // what will be read after `right`, if that is known
 };
 
 struct Epilogue {
@@ -63,7 +64,9 @@ class FewRows {
   private:
     static constexpr int64_t COLUMNS = 48;         // of C at a time, whole vectors
     static constexpr int64_t BLOCK_DEPTH = 1024;   // of the rows of `dots`: so much of them stays in the first cache
-    static constexpr int64_t TASKS_OF_THREAD = 4;  // each task widens the rows
+    static constexpr int64_t TASKS_OF_THREAD = 4;  // of several: each task widens the rows
+    static constexpr int64_t AHEAD = 16 * 1024;    // bytes, between what is multiplied and what is fetched
+    static constexpr int STREAMS = sizeof(S) == 4 ? 8 : 4;  // rows of the weight at a time, for one of `dots`
 
     const Product* products_;
     int count_;
@@ -76,7 +79,7 @@ class FewRows {
         : products_(products), count_(count), m_(m), n_(n), k_(k), epilogue_(epilogue), runtime_(runtime) {}
 
     static int64_t columns_of_task(int64_t n, const Runtime& runtime) {
-        return round_up(n / (TASKS_OF_THREAD * runtime.threads) + 1, COLUMNS);
+        return runtime.threads == 1 ? n + 1 : round_up(n / (TASKS_OF_THREAD * runtime.threads) + 1, COLUMNS);
     }
 
     static int64_t tasks(int64_t n, const Runtime& runtime) {
@@ -108,16 +111,20 @@ class FewRows {
         const int64_t columns = columns_of_task(n_, runtime_), end = smaller(n_, (task + 1) * columns);
         for (int64_t j = task * columns; j < end; j += COLUMNS) {
             const int64_t n = smaller(COLUMNS, end - j);
-            for (int p = 0; p < count_; p++) multiply(x, products_[p].right.matrix, j, n, c[p]);
+            for (int p = 0; p < count_; p++) multiply(x, products_[p], j, n, c[p]);
             epilogue_.finish(results, COLUMNS, 0, m_, j, n);
         }
     }
 
-    void multiply(const float* x, const Matrix& weight, int64_t j, int64_t n, float* c) const {
+    void multiply(const float* x, const Product& product, int64_t j, int64_t n, float* c) const {
+        const Matrix& weight = product.right.matrix;
         // The fewest rows wait for memory, which is read fastest in long stretches.
         const int64_t depth = m_ < 4 ? k_ : BLOCK_DEPTH;
         for (int64_t l = 0; l < k_; l += depth) {
-            const Block block = {at<S>(weight, j, l), weight.row, n, smaller(depth, k_ - l), row_size(k_), l > 0};
+            const int64_t k = smaller(depth, k_ - l);
+            const S* const first = at<S>(weight, j, l);
+            const S* const then = product.then ? static_cast<const S*>(product.then) : first;
+            const Block block = {first, weight.row, n, k, row_size(k_), l > 0, ahead(k), n_ - j, then};
             int64_t groups = (m_ + 3) / 4;
             for (int64_t i = 0, m; i < m_; i += m, groups--) {
                 m = (m_ - i + groups - 1) / groups;
@@ -126,7 +133,7 @@ class FewRows {
                 if (m == 4) columns<4, 2>(block, rows, to);
                 if (m == 3) columns<3, 3>(block, rows, to);
                 if (m == 2) columns<2, 4>(block, rows, to);
-                if (m == 1) columns<1, 4>(block, rows, to);
+                if (m == 1) columns<1, STREAMS>(block, rows, to);
             }
         }
     }
@@ -136,48 +143,47 @@ class FewRows {
         int64_t row, n, k;
         int64_t x_row;
         bool accumulate;
+        int64_t ahead, rows;  // which row is fetched; the weight's from here on
+        const S* then;        // what is fetched where they end
     };
+
+    // Rows of k numbers: none waits for its beginning, nor for a page's.
+    static int64_t ahead(int64_t k) { return larger<int64_t>(8, 1 + AHEAD / (k * static_cast<int64_t>(sizeof(S)))); }
 
     template <int M, int N>
     static void columns(const Block& b, const float* x, float* c) {
         int64_t j = 0;
-        for (; j + N <= b.n; j += N) dots<M, N>(b, j, x, c + j);
+        for (; j + N <= b.n; j += N) b.k % STEP == 0 ? dots<M, N, true>(b, j, x, c + j) : dots<M, N>(b, j, x, c + j);
         for (; j < b.n; j++) dots<M, 1>(b, j, x, c + j);
     }
 
-    // In how many vectors of partial sums each sum is.
-    template <int M>
-    static constexpr int halves = M == 1 ? 2 : 1;
+    static constexpr int64_t LINE = 64 / sizeof(S), STEP = larger(LINE, CHUNK);
 
-    // M rows times N rows of the weight.
-    template <int M, int N>
+    // M rows times N rows of the weight. Nothing is fetched between one loop and the next, so little stands there.
+    template <int M, int N, bool WHOLE_STEPS = false>
     static __attribute__((noinline)) void dots(const Block& b, int64_t j, const float* x, float* c) {
-        constexpr int64_t LINE = 64 / sizeof(S), STEP = larger(LINE, CHUNK), COUNT = round_up(M * N, WIDTH);
+        constexpr int64_t COUNT = round_up(M * N, WIDTH);
         const S* const weight = b.weight + j * b.row;
-        const int64_t row = b.row, x_row = b.x_row, k = b.k;
-        Floats sums[halves<M> * M * N] = {};
+        const int64_t row = b.row, x_row = b.x_row, k = b.k, beyond = j + b.ahead - b.rows;
+        const S* const next = beyond < 0 ? weight + b.ahead * row : b.then + beyond * row;
+        Floats sums[M * N] = {};
         int64_t l = 0;
         for (; l + STEP <= k; l += STEP) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < N; i++)
-#pragma GCC unroll 4
-                for (int64_t at = l; at < l + STEP;
-                     at += LINE)  // the rows that follow: no row's beginning is waited for
-                    __builtin_prefetch(weight + (i + N) * row + at, 0, 2);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
+                for (int64_t at = l; at < l + STEP; at += LINE) __builtin_prefetch(next + i * row + at, 0, 2);
+#pragma GCC unroll 8
             for (int64_t at = l; at < l + STEP; at += CHUNK)
                 add_chunk<M, N>(sums, x + at, x_row, [&](int i) { return load_chunk(weight + i * row + at); });
         }
-        for (; l < k; l += CHUNK)
+        for (; !WHOLE_STEPS && l < k; l += CHUNK)
             add_chunk<M, N>(sums, x + l, x_row, [&](int i) { return some_chunk(weight + i * row + l, k - l); });
-        if constexpr (halves<M> == 2)
-#pragma GCC unroll 4
-            for (int i = 0; i < M * N; i++) sums[i] += sums[M * N + i];
         Floats all[COUNT];
 #pragma GCC unroll 8
         for (int i = 0; i < COUNT; i++) all[i] = i < M * N ? sums[i] : Floats{};
         float lanes[COUNT];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < COUNT; i += WIDTH) store(lanes + i, sums_of_lanes<WIDTH>(all + i));
 #pragma GCC unroll 8
         for (int i = 0; i < M * N; i++) {
@@ -188,20 +194,30 @@ class FewRows {
 
     template <int M, int N, class Weights>
     static FF_INLINE void add_chunk(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
-        add<M, N, 0>(sums, x, x_row, weights);
-        add<M, N, 1>(sums + (halves<M> - 1) * M * N, x, x_row, weights);
+        if constexpr (M == 1) {  // each row of the weight is loaded once, whatever its halves are made of
+            const Floats low = in_register(load(x)), high = in_register(load(x + WIDTH));
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) {
+                const Chunk w = weights(j);
+                sums[j] += w.low * low;
+                sums[j] += w.high * high;
+            }
+        } else {
+            add<M, N, 0>(sums, x, x_row, weights);
+            add<M, N, 1>(sums, x, x_row, weights);
+        }
     }
 
     // Half a chunk of all rows. What is used more than once is loaded once: loads are what bounds these sums.
     template <int M, int N, int HALF, class Weights>
     static FF_INLINE void add(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
         Floats w[N];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < N; j++) w[j] = in_register(HALF ? weights(j).high : weights(j).low);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < M; i++) {
             const Floats of_row = in_register(load(x + i * x_row + HALF * WIDTH));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int j = 0; j < N; j++) sums[i * N + j] += w[j] * of_row;
         }
     }

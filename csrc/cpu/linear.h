@@ -11,7 +11,8 @@ struct Linear {
 
     // Both return whether E computes what was given; else the results are of no use.
     static bool forward(const LinearProblem& p, const Matrix& out, const Runtime& runtime) {
-        const Product product = {{p.input}, {p.weight, true, false, E::KEEPS_WEIGHTS ? p.packed_weight : nullptr}};
+        const Operand weight = {p.weight, true, false, E::KEEPS_WEIGHTS ? p.packed_weight : nullptr};
+        const Product product = {{p.input}, weight, 0, p.then};
         return Gemm<E>::run(&product, 1, p.rows, p.out_features, p.in_features, Store<S>(out, p.bias), runtime);
     }
 

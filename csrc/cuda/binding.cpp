@@ -1,7 +1,7 @@
 // The CUDA kernels as torch sees them. Their only callers, kernels/attention/native_cuda.py, check the arguments.
 //
-// Compiled twice: for the GPU, and with FUSEDFORMER_EMULATED over the emulator, where tensors are on the CPU. On torch's
-// stable ABI, which a torch without CUDA implements too: what only a torch with CUDA has is a weak symbol.
+// Compiled twice: for the GPU, and with FUSEDFORMER_EMULATED over the emulator, where tensors are on the CPU. On
+// torch's stable ABI, which a torch without CUDA implements too: what only a torch with CUDA has is a weak symbol.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -31,7 +31,7 @@ constexpr int64_t ALIGNMENT = 16;
 
 // The device of a tensor made current, and torch's stream there.
 class Stream {
-public:
+  public:
 #ifdef FUSEDFORMER_EMULATED
     explicit Stream(const Tensor&) {}
 #else
@@ -46,7 +46,7 @@ public:
 #endif
     operator void*() const { return stream_; }
 
-private:
+  private:
 #ifndef FUSEDFORMER_EMULATED
     static void check(cudaError_t error) {
         if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
@@ -93,9 +93,9 @@ AttentionProblem problem(const Tensor& query, const Tensor& key, const Tensor& v
 
 void forward(Tensor query, Tensor key, Tensor value, double scale, int64_t position_offset, int64_t window_left,
              int64_t window_right, Tensor out, Tensor lse, Tensor lse_residual) {
-    check(attention_forward(problem(query, key, value, scale, position_offset, window_left, window_right, out, lse,
-                                    lse_residual),
-                            Stream(query)));
+    check(attention_forward(
+        problem(query, key, value, scale, position_offset, window_left, window_right, out, lse, lse_residual),
+        Stream(query)));
 }
 
 void backward(Tensor grad_out, MaybeTensor grad_lse, Tensor out, Tensor query, Tensor key, Tensor value, Tensor lse,
@@ -106,9 +106,9 @@ void backward(Tensor grad_out, MaybeTensor grad_lse, Tensor out, Tensor query, T
     gradients.grad_q = rows(grad_query), gradients.grad_k = rows(grad_key), gradients.grad_v = rows(grad_value);
     gradients.grad_lse = grad_lse ? numbers<float>(*grad_lse) : nullptr;
     gradients.workspace = workspace.data_ptr();
-    check(attention_backward(problem(query, key, value, scale, position_offset, window_left, window_right, out, lse,
-                                     lse_residual),
-                             gradients, Stream(query)));
+    check(attention_backward(
+        problem(query, key, value, scale, position_offset, window_left, window_right, out, lse, lse_residual),
+        gradients, Stream(query)));
 }
 
 int64_t backward_workspace(int64_t batch, int64_t heads, int64_t len_q, int64_t heads_kv, int64_t len_k,

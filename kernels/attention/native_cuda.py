@@ -17,6 +17,7 @@ from .problem import AttentionProblem, empty_results
 DTYPES = (torch.float16, torch.bfloat16)
 GRANULE = 8  # 16-bit numbers in the 16 bytes that one copy moves
 MAX_HEAD_DIM, MAX_CACHED_HEAD_DIM = 128, 256
+ROWS, MANY_ROWS = 16, 64  # of queries that share a head's keys: of a tile; beyond, other kernels are the faster
 HOPPER, AMPERE_AND_LATER = ("sm_90",), ("sm_8", "sm_9")
 
 
@@ -115,6 +116,9 @@ def cache_refusals(problem: KVCacheProblem, automatic: bool) -> list[str]:
         if any(number % GRANULE for number in (*x.stride()[:3], x.storage_offset())):
             strides = f"strides {x.stride()} at offset {x.storage_offset()}"
             reasons.append(f"slots start at multiples of {GRANULE} elements, {name} has {strides}")
+    rows = p.query.size(1) // p.key_cache.size(1) * p.query.size(2)
+    if automatic and rows > MANY_ROWS:
+        reasons.append(f"reads the keys once for every {ROWS} rows that share them, here {rows}")
     return reasons
 
 

@@ -88,8 +88,8 @@ def report() -> str:
             lines.append(f"gpu {index}        {torch.cuda.get_device_name(device)}, {architecture(device)}")
     else:
         lines.append("gpu          none")
-    lines.append(f"extension    {native.absence() or native.EXTENSION_PATH}")
-    if native.EXTENSION_PATH is not None:
+    lines.append(f"extension    {native.EXTENSION.absence or native.EXTENSION.path}")
+    if native.EXTENSION.path is not None:
         in_use = native.level()
         for name, refusal in native.levels().items():
             said = f"refused: {refusal}" if refusal else "in use" if name == in_use else "could run"

@@ -5,10 +5,8 @@ Its CPU kernels are compiled once for each instruction set level; the best that 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,37 +14,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import packed
+from .extension import Extension
 from .library import PLAIN_TYPES
 
-EXTENSION = "fusedformer._native"
-HOW_TO_BUILD = "pip install --no-build-isolation ."
-
-
-def _find() -> Path | None:
-    spec = importlib.util.find_spec(EXTENSION)
-    return Path(spec.origin) if spec is not None and spec.origin else None
-
-
-# Found once, loaded when first used: None when it was not built.
-EXTENSION_PATH = _find()
-
-
-def absence() -> str | None:
-    """Why there is no extension, as the build said; None when there is one."""
-    if EXTENSION_PATH is not None:
-        return None
-    package = importlib.util.find_spec(EXTENSION.partition(".")[0])
-    folders = [] if package is None else package.submodule_search_locations or []
-    notes = [Path(folder, "_native_absent.txt") for folder in folders]
-    reasons = [note.read_text().strip() for note in notes if note.exists()]
-    return f"not built ({reasons[0] if reasons else HOW_TO_BUILD})"
-
+EXTENSION = Extension("_native", "fusedformer_native")
 
 _missing: dict[str, str | None] = {}
 
 
 def missing(kernel: str) -> str | None:
-    """Why this process has no ``kernel`` (its operator's name in ``torch.ops.fusedformer_native``); None if it has."""
+    """Why this process has no ``kernel`` (its operator's name in ``EXTENSION.operators``); None if it has."""
     if kernel not in _missing:
         _missing[kernel] = _search(kernel)
     return _missing[kernel]
@@ -58,13 +35,12 @@ missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _search(kernel: str) -> str | None:
-    reason = absence()
-    if reason is None:
-        assert EXTENSION_PATH is not None
-        load()
-        if not hasattr(torch.ops.fusedformer_native, kernel):
-            reason = f"the extension that was built ({EXTENSION_PATH.name}) holds no {kernel}"
-    return reason
+    if EXTENSION.path is None:
+        return EXTENSION.absence
+    EXTENSION.load()
+    if hasattr(EXTENSION.operators, kernel):
+        return None
+    return f"the extension that was built ({EXTENSION.path.name}) holds no {kernel}"
 
 
 def refusals(device_type: str, expected_device_type: str, kernel: str) -> list[str]:
@@ -105,7 +81,7 @@ def short_way(
     if operator not in _operators:
         if missing(operator) is not None:
             return None
-        _operators[operator] = getattr(torch.ops.fusedformer_native, operator).default._op
+        _operators[operator] = getattr(EXTENSION.operators, operator).default._op
     try:
         return _operators[operator](*tensors, *options, *map(packed.packed, weights))  # type: ignore[no-any-return]
     except NotImplementedError:  # torch's dispatcher, for tensors that are sparse, nested, quantized, on two devices
@@ -122,32 +98,24 @@ def keep_packed(weight: Tensor) -> int:
     packed.release(weight)
     if refusals(weight.device.type, "cpu", "pack_weight_cpu"):
         return 0
-    data: Tensor | None = torch.ops.fusedformer_native.pack_weight_cpu(weight.detach())
+    data: Tensor | None = EXTENSION.operators.pack_weight_cpu(weight.detach())
     if data is None:
         return 0
     packed.attach(weight, data, level())
     return data.numel()
 
 
-def load() -> None:
-    """Loads the extension, which registers its kernels with torch's dispatcher. Later calls do nothing."""
-    if EXTENSION_PATH is None:
-        raise RuntimeError(f"the native extension is {absence()}")
-    if str(EXTENSION_PATH) not in torch.ops.loaded_libraries:
-        torch.ops.load_library(str(EXTENSION_PATH))
-
-
 def levels() -> dict[str, str | None]:
     """The instruction set levels of the CPU kernels, best first, each with why this machine refuses it, or None."""
-    load()
-    lines = torch.ops.fusedformer_native.cpu_levels().splitlines()
+    EXTENSION.load()
+    lines = EXTENSION.operators.cpu_levels().splitlines()
     return {name: reason or None for name, _, reason in (line.partition(": ") for line in lines)}
 
 
 def level() -> str:
     """The level that the CPU kernels use now: the best that this machine can run, or the one of :func:`use_level`."""
-    load()
-    name: str = torch.ops.fusedformer_native.cpu_level()
+    EXTENSION.load()
+    name: str = EXTENSION.operators.cpu_level()
     return name
 
 
@@ -164,8 +132,8 @@ def use_level(name: str) -> Iterator[None]:
     if known[name] is not None:
         raise ValueError(f"level: got {name!r}, but {known[name]}")
     before = level()
-    torch.ops.fusedformer_native.choose_cpu_level(name)
+    EXTENSION.operators.choose_cpu_level(name)
     try:
         yield
     finally:
-        torch.ops.fusedformer_native.choose_cpu_level(before)
+        EXTENSION.operators.choose_cpu_level(before)

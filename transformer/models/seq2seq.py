@@ -241,7 +241,7 @@ class Seq2SeqTransformer(GenerationMixin, PretrainedModel):
             (B, vocab_size), of each row's last token that counts.
         """
         length = tokens.size(1)
-        x = self.decoder.decode(self.decoder_input(self.embedding(tokens), cache.positions(length)), cache)
+        x = self.decoder.decode(self.decoder_input(self.embedding(tokens), cache.offset(length)), cache)
         if count is None:
             last = x[:, -1]
         else:

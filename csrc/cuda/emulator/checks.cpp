@@ -174,6 +174,7 @@ void descriptor_kernel(const DescriptorParams p) {
 
 using namespace fusedformer::cuda;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // d (64, n) = a b, contracted over `depth`, with n = 64, 96 or 128.
@@ -215,3 +216,4 @@ size_t check_attention_backward_workspace(const AttentionProblem* problem) {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -85,6 +85,7 @@ void copy_kernel(const CopyParams& p) {
 
 using namespace fusedformer::cuda;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 const char* check_attention_decode(const DecodeProblem* problem, int processors) {
@@ -107,3 +108,4 @@ const char* check_copies(const float* source, float* result, int mistake) {
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

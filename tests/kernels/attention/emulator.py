@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from fusedformer.kernels.attention.problem import AttentionProblem, canonical
+from fusedformer.kernels.common import cuda
 from tests.cases import GUARD
 
-CUDA = Path(__file__).parents[3] / "csrc" / "cuda"
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-DFUSEDFORMER_EMULATED"]
 DTYPES = [torch.float16, torch.bfloat16]
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the emulator")
 Forward = Callable[[AttentionProblem], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -57,19 +50,9 @@ class GradientsStruct(ctypes.Structure):
     ]
 
 
-def build(folder: Path) -> ctypes.CDLL:
-    """Compiles the kernels and the emulator."""
-
-    def compiled(source: Path) -> str:
-        target = str(folder / f"{source.name}.o")
-        subprocess.run(["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", target], check=True)
-        return target
-
-    sources = [*sorted(CUDA.glob("attention_*.cu")), *sorted((CUDA / "emulator").glob("*.cpp"))]
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
-    subprocess.run(["g++", "-shared", "-o", str(folder / "emulated.so"), *objects], check=True)
-    library = ctypes.CDLL(str(folder / "emulated.so"))
+def load() -> ctypes.CDLL:
+    """The emulated kernels, to be called past torch's dispatcher, and what checks the emulator itself."""
+    library = ctypes.CDLL(str(cuda.EMULATED.path))
     problem, gradients = POINTER(ProblemStruct), POINTER(GradientsStruct)
     library.check_attention_forward.argtypes = [problem]
     library.check_attention_backward.argtypes = [problem, gradients]

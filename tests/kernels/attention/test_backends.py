@@ -17,7 +17,7 @@ from tests.kernels.attention.eager import assert_results_within_contract, fused,
 from tests.lanes import built, interpreted
 
 FLASH = Case("", heads=2)
-BUILT = native.EXTENSION_PATH is not None
+BUILT = native.EXTENSION.path is not None
 BY_AUTO = "cpu" if BUILT else "torch"
 
 
@@ -112,7 +112,7 @@ def test_torch_refuses_empty_tensors(size: str) -> None:
 def test_native_kernels_say_why_not(seed: int) -> None:
     inputs = make_inputs(FLASH, torch.float32, "cpu", seed)
     if not BUILT:
-        assert refuses("cpu", inputs) == [native.absence()]
+        assert refuses("cpu", inputs) == [native.EXTENSION.absence]
     else:
         double = make_inputs(FLASH, torch.float64, "cpu", seed)
         assert refuses("cpu", double) == ["kernels are for float32, float16 and bfloat16, not float64"]

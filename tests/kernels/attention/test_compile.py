@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedformer import use_backend
 from fusedformer.functional import attention, attention_weights, scaled_dot_product_attention
-from fusedformer.kernels.common.native import EXTENSION_PATH
+from fusedformer.kernels.common.native import EXTENSION
 from tests.cases import Case, Inputs, make_inputs
 from tests.kernels.attention.eager import Results, call, fused, results
 from tests.lanes import every_backend, every_feature
@@ -136,7 +136,7 @@ def test_use_backend_is_guarded(seed: int) -> None:
     assert "scaled_dot_product_attention" not in by_reference
     assert "exp" in by_reference
     (graph,) = by_auto
-    assert ("attention_forward" if EXTENSION_PATH else "scaled_dot_product_attention") in graph
+    assert ("attention_forward" if EXTENSION.path else "scaled_dot_product_attention") in graph
 
 
 def test_use_backend_inside_a_graph(seed: int) -> None:

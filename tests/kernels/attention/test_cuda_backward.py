@@ -21,32 +21,32 @@ from tests.kernels.attention.emulator import (
     Tensor4,
     guarded,
     message,
-    needs_compiler,
     problem_of,
     problem_struct,
 )
+from tests.lanes import emulated
 from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
 
-pytestmark = needs_compiler
+pytestmark = emulated
 
 Gradients = dict[str, Tensor]
 Backward = Callable[..., Gradients]
 
 
 @pytest.fixture
-def backward(emulated: ctypes.CDLL, forward: Forward) -> Backward:
+def backward(emulator: ctypes.CDLL, forward: Forward) -> Backward:
     """The gradients of a problem's query, key and value, as the kernels compute them from what the forward one left."""
 
     def run(p: AttentionProblem, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         results = forward(p)
         struct = problem_struct(p, *results)
         grads = guarded(*(gradient_like(x) for x in (p.query, p.key, p.value)))
-        workspace_bytes = emulated.check_attention_backward_workspace(byref(struct))
+        workspace_bytes = emulator.check_attention_backward_workspace(byref(struct))
         workspace = torch.full((workspace_bytes + 2 * GUARD,), 0xFF, dtype=torch.uint8)
         tensors = (Tensor4.of(x) for x in (grad_out, *(inner for _, inner in grads)))
         lse_pointer = None if grad_lse is None else grad_lse.data_ptr()
         given = GradientsStruct(*tensors, lse_pointer, workspace.data_ptr() + GUARD)
-        assert message(emulated.check_attention_backward(byref(struct), byref(given))) == ""
+        assert message(emulator.check_attention_backward(byref(struct), byref(given))) == ""
         assert (workspace[:GUARD] == 0xFF).all()
         assert (workspace[-GUARD:] == 0xFF).all()
         for buffer, inner in grads:

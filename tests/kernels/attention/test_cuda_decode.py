@@ -16,10 +16,11 @@ from fusedformer.kernels.common.device import TRITON_INSTALLED
 from tests.cases import GUARD
 from tests.kernels.attention import caches
 from tests.kernels.attention.caches import Cache, assert_right, make_cache
-from tests.kernels.attention.emulator import DTYPES, Tensor4, guarded, message, needs_compiler
+from tests.kernels.attention.emulator import DTYPES, Tensor4, guarded, message
+from tests.lanes import emulated
 from tests.tolerances import assert_equal_bits
 
-pytestmark = needs_compiler
+pytestmark = emulated
 INF, NAN = float("inf"), float("nan")
 
 
@@ -47,16 +48,16 @@ Decode = Callable[..., tuple[Tensor, Tensor]]
 
 
 @pytest.fixture
-def library(emulated: ctypes.CDLL) -> ctypes.CDLL:
-    emulated.check_attention_decode.argtypes = [POINTER(DecodeStruct), c_int]
-    emulated.check_attention_decode_workspace.argtypes = [POINTER(DecodeStruct), c_int]
-    emulated.check_attention_decode_workspace.restype = c_size_t
-    emulated.check_fragments.argtypes = [c_void_p, c_void_p, c_void_p, c_bool]
-    emulated.check_matrices.argtypes = [c_void_p, c_void_p, c_bool]
-    emulated.check_copies.argtypes = [c_void_p, c_void_p, c_int]
+def library(emulator: ctypes.CDLL) -> ctypes.CDLL:
+    emulator.check_attention_decode.argtypes = [POINTER(DecodeStruct), c_int]
+    emulator.check_attention_decode_workspace.argtypes = [POINTER(DecodeStruct), c_int]
+    emulator.check_attention_decode_workspace.restype = c_size_t
+    emulator.check_fragments.argtypes = [c_void_p, c_void_p, c_void_p, c_bool]
+    emulator.check_matrices.argtypes = [c_void_p, c_void_p, c_bool]
+    emulator.check_copies.argtypes = [c_void_p, c_void_p, c_int]
     for name in ("check_attention_decode", "check_fragments", "check_matrices", "check_copies"):
-        getattr(emulated, name).restype = c_char_p
-    return emulated
+        getattr(emulator, name).restype = c_char_p
+    return emulator
 
 
 def struct_of(cache: Cache, out: Tensor, lse: Tensor) -> DecodeStruct:

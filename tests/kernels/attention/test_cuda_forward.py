@@ -11,12 +11,13 @@ from torch import Tensor
 
 from tests.cases import Case, make_inputs
 from tests.kernels.attention.eager import eager_attention
-from tests.kernels.attention.emulator import DTYPES, Forward, message, needs_compiler, problem_of
+from tests.kernels.attention.emulator import DTYPES, Forward, message, problem_of
+from tests.lanes import emulated
 from tests.tolerances import assert_equal_bits, assert_within_contract
 
 INF, NAN = float("inf"), float("nan")
 
-pytestmark = needs_compiler
+pytestmark = emulated
 
 # Sizes about those of tiles: 64 queries of a warpgroup, 128 or 192 of a block, 128 keys, panels of 64 features.
 LENGTHS = [(1, 1), (1, 200), (17, 63), (63, 17), (65, 65), (127, 129), (129, 127), (200, 1), (193, 260)]
@@ -122,7 +123,7 @@ def test_masked_keys_change_nothing(seed: int, forward: Forward) -> None:
 @pytest.mark.parametrize("b_over", ["features", "rows"])
 @pytest.mark.parametrize("a_over", ["features", "rows", "registers"])
 def test_product(
-    a_over: str, b_over: str, depth: int, n: int, dtype: torch.dtype, seed: int, emulated: ctypes.CDLL
+    a_over: str, b_over: str, depth: int, n: int, dtype: torch.dtype, seed: int, emulator: ctypes.CDLL
 ) -> None:
     """Each operand's source and transposition, against the product as it is written."""
     torch.manual_seed(seed)
@@ -133,7 +134,7 @@ def test_product(
     d = torch.full((64, n), NAN)
     source = ["features", "rows", "registers"].index(a_over)
     pointers = (x.data_ptr() for x in (a_tile, b_tile, d))
-    error = emulated.check_product(*pointers, n, depth, source, b_over == "rows", dtype == torch.bfloat16)
+    error = emulator.check_product(*pointers, n, depth, source, b_over == "rows", dtype == torch.bfloat16)
     assert message(error) == ""
     assert_equal_bits(d, a.float() @ b.float())
 
@@ -160,12 +161,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_mistakes_are_noticed(what: str, emulated: ctypes.CDLL) -> None:
+def test_mistakes_are_noticed(what: str, emulator: ctypes.CDLL) -> None:
     """By a message, or by a result that is wrong."""
     pattern, number = MISTAKES[what], list(MISTAKES).index(what)
     ones = torch.ones(64, 64, dtype=torch.bfloat16)
     result = torch.full((128, 32), NAN)
-    error = message(emulated.check_mistake(ones.data_ptr(), result.data_ptr(), number))
+    error = message(emulator.check_mistake(ones.data_ptr(), result.data_ptr(), number))
     right = bool((result == 64).all())
     if pattern is None:
         assert error == ""

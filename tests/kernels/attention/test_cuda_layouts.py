@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from fusedformer.kernels.common.device import TRITON_INSTALLED
-from tests.kernels.attention.emulator import needs_compiler
+from tests.lanes import emulated
 
-pytestmark = [needs_compiler, pytest.mark.skipif(not TRITON_INSTALLED, reason="there is no Triton to compare with")]
+pytestmark = [emulated, pytest.mark.skipif(not TRITON_INSTALLED, reason="there is no Triton to compare with")]
 LEADING_OFFSET = 0x3FFF << 16  # bits of a descriptor that mean nothing for a tile of one panel
 
 
@@ -39,36 +39,36 @@ def at(bases: list[list[int]], index: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("name", "registers"), [("acc", 64), ("operand", 8)])
-def test_fragments(name: str, registers: int, triton: Any, emulated: ctypes.CDLL) -> None:
+def test_fragments(name: str, registers: int, triton: Any, emulator: ctypes.CDLL) -> None:
     place = (c_int * 2)()
     for thread in range(128):
         for i in range(registers):
             if name == "operand":  # a register holds two numbers
-                emulated.check_place(True, thread, i // 2, place)
+                emulator.check_place(True, thread, i // 2, place)
                 place[1] += i % 2
             else:
-                emulated.check_place(False, thread, i, place)
+                emulator.check_place(False, thread, i, place)
             assert tuple(place) == at(triton["layouts"][name], thread * registers + i)
 
 
-def test_swizzle(triton: Any, emulated: ctypes.CDLL) -> None:
+def test_swizzle(triton: Any, emulator: ctypes.CDLL) -> None:
     for offset in range(128 * 64):
         row, feature = at(triton["layouts"]["shared"], offset)
-        assert emulated.check_swizzled(row, feature, 128) == 2 * offset
+        assert emulator.check_swizzled(row, feature, 128) == 2 * offset
 
 
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("transpose_a", [False, True])
-def test_descriptors(transpose_a: bool, transpose_b: bool, triton: Any, emulated: ctypes.CDLL) -> None:
+def test_descriptors(transpose_a: bool, transpose_b: bool, triton: Any, emulator: ctypes.CDLL) -> None:
     """Of a (128, 64) by (64, 128) product: A in two halves of one panel's breadth, B whole; 16 contracted at a time."""
-    emulated.check_descriptor.restype = c_uint64
+    emulator.check_descriptor.restype = c_uint64
     steps = range(0, 64, 16)
     if transpose_a:
-        a = {emulated.check_descriptor(True, 64, k, m) & ~LEADING_OFFSET for k in steps for m in (0, 64)}
+        a = {emulator.check_descriptor(True, 64, k, m) & ~LEADING_OFFSET for k in steps for m in (0, 64)}
     else:
-        a = {emulated.check_descriptor(False, 128, m, k) for k in steps for m in (0, 64)}
+        a = {emulator.check_descriptor(False, 128, m, k) for k in steps for m in (0, 64)}
     if transpose_b:
-        b = {emulated.check_descriptor(True, 64, k, 0) for k in steps}
+        b = {emulator.check_descriptor(True, 64, k, 0) for k in steps}
     else:
-        b = {emulated.check_descriptor(False, 128, 0, k) for k in steps}
+        b = {emulator.check_descriptor(False, 128, 0, k) for k in steps}
     assert set(triton["descriptors"][f"{transpose_a:d}{transpose_b:d}"]) == a | b

@@ -14,7 +14,7 @@ from tests.kernels.attention.caches import CASES, Cache, assert_right, make_cach
 from tests.lanes import interpreted
 from tests.tolerances import assert_equal_bits, assert_within_contract
 
-LEVELS: dict[str, str | None] = native.levels() if native.EXTENSION_PATH else {"cpu": native.absence()}
+LEVELS: dict[str, str | None] = native.levels() if native.EXTENSION.path else {"cpu": native.EXTENSION.absence}
 REFERENCE = pytest.param("reference")
 ON_CPU = [
     pytest.param(name, marks=[pytest.mark.skip(reason=refusal)] if refusal else []) for name, refusal in LEVELS.items()

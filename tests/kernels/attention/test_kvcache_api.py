@@ -189,7 +189,7 @@ def test_explain_runs_nothing() -> None:
     cache = make_cache([40, 3])
     before = cache.copy()
     explanation = fusedformer.explain(cache, "auto")
-    assert explanation.backend == ("cpu" if native.EXTENSION_PATH else "reference")
+    assert explanation.backend == ("cpu" if native.EXTENSION.path else "reference")
     assert "SDPA knows neither the lengths nor the pages" in str(explanation)
     torch.testing.assert_close(cache.key_cache, before.key_cache, rtol=0.0, atol=0.0, equal_nan=True)
 

@@ -63,7 +63,7 @@ def test_every_level_holds_the_contract(case: Case, dtype: torch.dtype, seed: in
 
 
 def test_ci_builds_the_extension_with_the_emulated_level() -> None:
-    assert os.environ.get("CI") != "true" or "emulated" in RUNNABLE, native.absence()
+    assert os.environ.get("CI") != "true" or "emulated" in RUNNABLE, native.EXTENSION.absence
 
 
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2", "portable"])

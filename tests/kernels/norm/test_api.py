@@ -17,7 +17,7 @@ from fusedformer.kernels.norm.config import pick_config, sums_in_rows
 from fusedformer.kernels.norm.problem import chunk_rows
 from tests.lanes import built, interpreted
 
-BUILT = native.EXTENSION_PATH is not None
+BUILT = native.EXTENSION.path is not None
 X, VECTOR = torch.randn(2, 3, 8), torch.randn(8)
 
 BAD: list[tuple[str, dict[str, Any]]] = [
