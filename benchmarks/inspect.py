@@ -117,4 +117,4 @@ def write_spills(results: Sequence[Compiled], allowed: dict[str, int]) -> None:
     """``allowed`` with what was found in place of what it said."""
     found = {str(compiled.combination): compiled.code.spilled for compiled in results if compiled.code}
     merged = {name: spilled for name, spilled in (allowed | found).items() if spilled}
-    SPILLS.write_text(json.dumps(dict(sorted(merged.items())), indent=0) + "\n")
+    SPILLS.write_text(json.dumps(dict(sorted(merged.items())), indent=2) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import ahead_of_time_gemm
+from benchmarks import ahead_of_time_decode, ahead_of_time_gemm
 from benchmarks.ahead_of_time import (
     ARCHITECTURES,
     KERNELS,
@@ -132,7 +132,8 @@ def test_the_table_allows_so_many_bytes_and_no_more() -> None:
 
 
 def test_the_table_names_combinations_that_exist() -> None:
-    known: list[Compilable] = [*all_combinations(), *ahead_of_time_gemm.all_combinations()]
+    others = (ahead_of_time_decode, ahead_of_time_gemm)
+    known: list[Compilable] = [*all_combinations(), *(one for other in others for one in other.all_combinations())]
     assert ALLOWED.keys() <= {str(combination) for combination in known}
     assert all(spilled > 0 for spilled in ALLOWED.values())
 
