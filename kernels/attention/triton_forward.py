@@ -114,7 +114,8 @@ def attend_block(
         # A row without any visible key so far: exp(-inf - 0) is 0 where -inf - -inf would be NaN.
         finite_max = tl.where(new_max == MINUS_INF, 0.0, new_max)
         p = exponential(scores, finite_max[:, None], scale, SCALE_LATER)  # (BLOCK_M, BLOCK_N)
-        alpha = exponential(row_max, finite_max, scale, SCALE_LATER)
+        # Of the difference, as fused multiply-adds make of equal maxima a factor that is not quite 1, tile after tile.
+        alpha = exponential(row_max - finite_max, 0.0, scale, SCALE_LATER)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
         if seed_ptr is not None:
