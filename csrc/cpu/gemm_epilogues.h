@@ -83,8 +83,11 @@ class ColumnSums {
     }
 
   private:
-    static constexpr int64_t COLUMNS = 8 * WIDTH;
-    static constexpr int64_t LONGEST_SUM = 64;
+    static constexpr int VECTORS = 4;
+    static constexpr int64_t COLUMNS = VECTORS * WIDTH;
+    // The sum of many rows is rounded once in float64, and an infinity stays one, as it would not in a sum that carries
+    // its own error along. By four rows: conversions are slow.
+    typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
 
     Matrix x_;
     int64_t rows_, columns_;
@@ -96,22 +99,23 @@ class ColumnSums {
         : x_(x), rows_(rows), columns_(columns), sums_(sums), out_(out), first_(first), last_(last) {}
 
     void compute(int64_t j) const {
-        Floats totals[8];
-        for (int v = 0; v < 8; v++)
-            totals[v] = first_ ? Floats{} : load_some(sums_ + j + v * WIDTH, columns_ - j - v * WIDTH);
-        for (int64_t i = 0; i < rows_; i += LONGEST_SUM) {
-            Floats piece[8] = {};
-            for (int64_t r = i; r < smaller(i + LONGEST_SUM, rows_); r++)
-                for (int v = 0; v < 8; v++)
-                    piece[v] += load_some(at<S>(x_, r, j + v * WIDTH), columns_ - j - v * WIDTH);
-            for (int v = 0; v < 8; v++) totals[v] += piece[v];
-        }
-        for (int v = 0; v < 8; v++) {
-            const int64_t at = j + v * WIDTH;
+        Doubles totals[VECTORS] = {};
+        for (int64_t i = 0; i < rows_; i += 4)
+            for (int v = 0; v < VECTORS; v++) {
+                const int64_t column = j + v * WIDTH;
+                auto x = [&](int64_t row) {
+                    return row < rows_ ? load_some(at<S>(x_, row, column), columns_ - column) : Floats{};
+                };
+                totals[v] += __builtin_convertvector((x(i) + x(i + 1)) + (x(i + 2) + x(i + 3)), Doubles);
+            }
+        for (int v = 0; v < VECTORS; v++) {
+            const int64_t column = j + v * WIDTH, n = columns_ - column;
+            Floats total = __builtin_convertvector(totals[v], Floats);
+            if (!first_) total += load_some(sums_ + column, n);
             if (last_)
-                store_some(out_ + at, totals[v], columns_ - at);
+                store_some(out_ + column, total, n);
             else
-                store_some(sums_ + at, totals[v], columns_ - at);
+                store_some(sums_ + column, total, n);
         }
     }
 };

@@ -14,7 +14,17 @@ GELU_TANH_CUBE = tl.constexpr(0.044715)
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    """σ(x) = 1 / (1 + exp(-x)) and its derivative σ(x) σ(-x), each to its own last places: 1 - σ(x) would cancel."""
+    e = tl.exp(-tl.abs(x))
+    larger = 1.0 / (1.0 + e)
+    smaller = e * larger
+    return tl.where(x < 0.0, smaller, larger), smaller * larger
+
+
+@triton.jit
+def gelu_tanh_square(z):
+    """z², not beyond where the derivative is 0 or 1 in any case: so it overflows nowhere."""
+    return tl.minimum(z * z, 1e4, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -25,9 +35,11 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         value = 0.5 * z * (1.0 + tl.erf(z * SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
-        value = z * sigmoid((z + z * z * z * GELU_TANH_CUBE) * GELU_TANH_INNER)
+        share, _ = sigmoid(z * (gelu_tanh_square(z) * GELU_TANH_CUBE + 1.0) * GELU_TANH_INNER)
+        value = z * share
     elif ACTIVATION == "silu":
-        value = z * sigmoid(z)
+        share, _ = sigmoid(z)
+        value = z * share
     else:
         tl.static_assert(ACTIVATION == "relu2")
         value = tl.where(z <= 0.0, 0.0, z * z)
@@ -42,11 +54,12 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         value = 0.5 * (1.0 + tl.erf(z * SQRT_HALF)) + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
-        s = sigmoid((z + z * z * z * GELU_TANH_CUBE) * GELU_TANH_INNER)
-        value = s + z * s * (1.0 - s) * (1.0 + z * z * 3.0 * GELU_TANH_CUBE) * GELU_TANH_INNER
+        square = gelu_tanh_square(z)
+        share, bell = sigmoid(z * (square * GELU_TANH_CUBE + 1.0) * GELU_TANH_INNER)
+        value = share + z * bell * (square * 3.0 * GELU_TANH_CUBE + 1.0) * GELU_TANH_INNER
     elif ACTIVATION == "silu":
-        s = sigmoid(z)
-        value = s * (1.0 + z * (1.0 - s))
+        share, bell = sigmoid(z)
+        value = share + z * bell
     else:
         tl.static_assert(ACTIVATION == "relu2")
         value = tl.where(z <= 0.0, 0.0, 2.0 * z)

@@ -4,6 +4,7 @@ sizes, what is kept for backward."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,9 +13,15 @@ from torch import Tensor
 
 from fusedformer.functional import feed_forward
 from tests.kernels.feed_forward.cases import CASES, Case, Inputs, make_inputs
-from tests.kernels.feed_forward.eager import assert_results_within_contract, eager_feed_forward, fused, results
+from tests.kernels.feed_forward.eager import (
+    assert_results_within_contract,
+    eager_feed_forward,
+    expected,
+    fused,
+    results,
+)
 from tests.lanes import CPU, REFERENCE, TORCH, TRITON, every_backend, every_feature
-from tests.tolerances import assert_equal_bits, assert_no_mistake
+from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
 
 EVERYTHING = CASES[-1]
 assert EVERYTHING.name == "everything"
@@ -54,6 +61,23 @@ def test_large_and_tiny_numbers(backend: str, device: str, seed: int) -> None:
             tensors = {name: x * scale if name == "input" else x for name, x in inputs.tensors.items()}
             scaled = Inputs(tensors, inputs.grad_out, {"activation": activation})
             assert_results_within_contract(results(fused(backend), scaled), scaled)
+
+
+@every_backend
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_and_their_derivatives(activation: str, backend: str, device: str) -> None:
+    """Piece by piece of the axis, so that a cancellation in one of them is not lost in the magnitude of another."""
+    ends = (*range(-5, 10), 12.0, 20.0, 40.0)  # further left the float64 truth itself cancels
+    pieces = list(pairwise(ends))
+    x = torch.stack([torch.linspace(*piece, 256) for piece in pieces]).to(device).view(-1, 8)
+    eye = torch.eye(8, device=device)
+    inputs = Inputs({"input": x, "weight1": eye, "weight2": eye}, torch.ones_like(x), {"activation": activation})
+    truth, attempts = expected(inputs)
+    actual = results(fused(backend), inputs)
+    for name in ("out", "grad input"):
+        of_pieces = (y.view(len(pieces), -1) for y in (actual[name], truth[name], attempts[0][name]))
+        for piece, ours, true, eager in zip(pieces, *of_pieces, strict=True):
+            assert_within_contract(ours, true, eager, f"{name} between {piece[0]:g} and {piece[1]:g}")
 
 
 @every_backend

@@ -84,6 +84,15 @@ def test_more_than_a_block(sizes: tuple[int, int, int], dtype: torch.dtype, seed
     check_each_level(make(*sizes, dtype, seed))
 
 
+@built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [17, 130, 5003])
+def test_sums_of_many_rows(rows: int, dtype: torch.dtype, seed: int) -> None:
+    """Of one sign: each addition to a long sum would lose the more of what it adds."""
+    x, weight, bias, grad_out = make(rows, 5, 70, dtype, seed)
+    check_each_level((x, weight, bias, grad_out.abs()))
+
+
 MAGNITUDES = {  # of input, weight, gradient
     "tiny": (1e-18, 1e-15, 1e-10),
     "huge": (1e15, 1e15, 1e10),
