@@ -2,9 +2,9 @@
 
 A :class:`Combination` names a kernel, an architecture, a precision and a problem, here of attention, in
 ``ahead_of_time_decode.py`` of attention over a cache, in ``ahead_of_time_gemm.py`` of the operations around a matrix
-product; ``compile_all`` turns each into a :class:`Compiled`, which ``violations`` holds against the rules.
-``python -m benchmarks inspect`` prints them, the test suite compiles the covering ones. Compilation needs processes in
-which Triton does not interpret, so it has its own.
+product, in ``ahead_of_time_norm.py`` of those around a norm; ``compile_all`` turns each into a :class:`Compiled`, which
+``violations`` holds against the rules. ``python -m benchmarks inspect`` prints them, the test suite compiles the
+covering ones. Compilation needs processes in which Triton does not interpret, so it has its own.
 """
 
 from __future__ import annotations
@@ -247,10 +247,9 @@ def compile_one(combination: Compilable) -> Compiled:
     launch = combination.launch()
     driver.set_active(_AbsentGpu(combination.architecture))
     compiled = Compiled(combination, launch.tile, bool(launch.arguments.get("USE_TMA")), 0.0)
-    warps_and_stages = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
     start = time.perf_counter()
     try:
-        kernel = launch.kernel.warmup(**launch.arguments, grid=(launch.programs,), **warps_and_stages)
+        kernel = launch.kernel.warmup(**launch.arguments, grid=launch.grid, **launch.options)
     except (TritonError, RuntimeError) as error:  # a failed pass is a RuntimeError
         return replace(compiled, seconds=time.perf_counter() - start, error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start

@@ -14,11 +14,12 @@ from pathlib import Path
 from . import ahead_of_time as attention
 from . import ahead_of_time_decode as decode
 from . import ahead_of_time_gemm as gemm
+from . import ahead_of_time_norm as norm
 from .ahead_of_time import ARCHITECTURES, DTYPES, SPILLS, Compiled, allowed_spills, compile_all, violations
 from .cells import NONE, Cell, Table
 from .terminal import Terminal
 
-KERNELS = (*attention.KERNELS, *decode.KERNELS, *gemm.KERNELS)
+KERNELS = (*attention.KERNELS, *decode.KERNELS, *gemm.KERNELS, *norm.KERNELS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     of_each = (
         operation.covering_combinations() if given.quick else operation.all_combinations()
-        for operation in (attention, decode, gemm)
+        for operation in (attention, decode, gemm, norm)
     )
     combinations = [
         c

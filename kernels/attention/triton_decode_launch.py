@@ -88,7 +88,7 @@ def launches(
 
     def launch(kernel: Any, programs: int, tile: Tile, block_n: int) -> Launch:
         given = shared | {"BLOCK_N": block_n}
-        return Launch(kernel, programs, {name: given[name] for name in kernel.arg_names}, tile)
+        return Launch(kernel, (programs,), {name: given[name] for name in kernel.arg_names}, tile)
 
     copies = batch * heads_kv * ceil_div(p.appended, COPY_TILE.block_n)
     found = [launch(attention_append_kernel, copies, COPY_TILE, COPY_TILE.block_n)] if copies else []

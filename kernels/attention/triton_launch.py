@@ -163,5 +163,5 @@ def _launch(kernel: Any, programs: int, problem: AttentionProblem, tile: Tile, o
     """The kernel's parameters, each from its own arguments or from those that all kernels share."""
     shared = problem_arguments(problem, tile)
     return Launch(
-        kernel, programs, {name: own[name] if name in own else shared[name] for name in kernel.arg_names}, tile
+        kernel, (programs,), {name: own[name] if name in own else shared[name] for name in kernel.arg_names}, tile
     )

@@ -26,25 +26,37 @@ class Tile(Protocol):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel, its grid and its arguments."""
+    """One kernel, its grid and its arguments.
+
+    Attributes:
+        fuses_multiply_add: whether the compiler may round a product and a sum once; the interpreter never does.
+    """
 
     kernel: Any
-    programs: int
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     tile: Tile
+    fuses_multiply_add: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the compiler."""
+        return {
+            "num_warps": self.tile.num_warps,
+            "num_stages": self.tile.num_stages,
+            "enable_fp_fusion": self.fuses_multiply_add,
+        }
 
     def run(self, device: torch.device) -> None:
         """Launches on ``device``'s current stream."""
-        if self.programs == 0:
+        if 0 in self.grid:
             return
         guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with guard:
             if self.arguments.get("USE_TMA"):
                 # Descriptors made on the device live in scratch memory that Triton asks the framework for.
                 triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-            self.kernel[(self.programs,)](
-                **self.arguments, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
-            )
+            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)

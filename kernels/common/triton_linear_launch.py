@@ -86,7 +86,7 @@ def linear_steps(
         "PARTS": tile.parts,
         **tile_arguments(tile, precision, x, weight),
     }
-    return [*steps, Launch(linear_kernel, tiles_of(out.size(0), out.size(1), tile), arguments, tile)]
+    return [*steps, Launch(linear_kernel, (tiles_of(out.size(0), out.size(1), tile),), arguments, tile)]
 
 
 def input_gradient_steps(
@@ -121,7 +121,7 @@ def input_gradient_steps(
         **tile_arguments(tile, precision, grad, weight, grad_2, weight_2),
     }
     programs = tiles_of(grad_input.size(0), grad_input.size(1), tile)
-    return [Launch(linear_backward_input_kernel, programs, arguments, tile)]
+    return [Launch(linear_backward_input_kernel, (programs,), arguments, tile)]
 
 
 def weight_gradient_steps(grad: Tensor, x: Tensor, grad_weight: Tensor, tile: GemmTile, precision: str) -> list[Step]:
@@ -146,7 +146,7 @@ def weight_gradient_steps(grad: Tensor, x: Tensor, grad_weight: Tensor, tile: Ge
         **tile_arguments(tile, precision, grad, x),
     }
     programs = slices * tiles_of(out_features, in_features, tile)
-    steps: list[Step] = [Launch(linear_backward_weight_kernel, programs, arguments, tile)]
+    steps: list[Step] = [Launch(linear_backward_weight_kernel, (programs,), arguments, tile)]
     return steps if slices == 1 else [*steps, sum_slices_launch(partial, grad_weight)]
 
 
@@ -174,7 +174,7 @@ def bias_gradient_steps(
         "BLOCK_M": SUMS_TILE.block_m,
         "BLOCK_N": SUMS_TILE.block_n,
     }
-    steps: list[Step] = [Launch(column_sums_kernel, tiles_of(rows, columns, SUMS_TILE), arguments, SUMS_TILE)]
+    steps: list[Step] = [Launch(column_sums_kernel, (tiles_of(rows, columns, SUMS_TILE),), arguments, SUMS_TILE)]
     if sums is not None and grad_bias is not None:
         steps.append(sum_slices_launch(sums, grad_bias))
     return steps
@@ -192,4 +192,4 @@ def sum_slices_launch(slices: Tensor, out: Tensor) -> Launch:
         "BLOCK_SLICES": at_once,
         "BLOCK": SLICES_ELEMENTS // at_once,
     }
-    return Launch(sum_slices_kernel, triton.cdiv(out.numel(), SLICES_ELEMENTS // at_once), arguments, SUMS_TILE)
+    return Launch(sum_slices_kernel, (triton.cdiv(out.numel(), SLICES_ELEMENTS // at_once),), arguments, SUMS_TILE)

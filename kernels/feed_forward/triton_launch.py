@@ -84,7 +84,7 @@ def hidden_steps(
         "PARTS": tile.parts,
         **tile_arguments(tile, p.precision, p.input, p.weight1, p.gate_weight),
     }
-    return [*steps, Launch(feed_forward_hidden_kernel, tiles_of(*_layer_shape(p), tile), arguments, tile)]
+    return [*steps, Launch(feed_forward_hidden_kernel, (tiles_of(*_layer_shape(p), tile),), arguments, tile)]
 
 
 def forward_steps(
@@ -191,7 +191,7 @@ def hidden_gradient_steps(
         "PARTS": tile.parts,
         **tile_arguments(tile, p.precision, grad_out, p.weight2),
     }
-    steps.append(Launch(feed_forward_hidden_gradient_kernel, tiles_of(tokens, d_ff, tile), arguments, tile))
+    steps.append(Launch(feed_forward_hidden_gradient_kernel, (tiles_of(tokens, d_ff, tile),), arguments, tile))
     for partial, grad in zip(sums, (grad_bias, grad_gate_bias), strict=True):
         if partial is not None and grad is not None:
             steps.append(sum_slices_launch(partial, grad))

@@ -20,9 +20,10 @@ _TABLES = Path(__file__).parent / "tuned"
 class Tile:
     """How one kernel is cut and launched."""
 
-    block_rows: int
-    block_features: int  # all of a row's, or of some columns where the kernel goes down them
+    block_m: int  # rows
+    block_n: int  # all of a row's features, or of some columns where the kernel goes down them
     num_warps: int
+    num_stages: int = 1  # without products there is nothing to load ahead for
 
 
 @dataclass(frozen=True)

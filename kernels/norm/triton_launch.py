@@ -1,12 +1,8 @@
-"""Launches of the norm kernels: what ``op.py`` runs for ``backend="triton"``.
-
-A :class:`Launch` holds a kernel with every argument by name, so that the ahead-of-time lane compiles exactly what runs.
-"""
+"""Launches of the norm kernels: what ``op.py`` runs for ``backend="triton"``."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,35 +12,15 @@ from torch import Tensor
 from ..common import philox
 from ..common.device import architecture
 from ..common.rows import as_rows
-from .config import Tile, pick_config, sums_in_rows
+from ..common.triton_launch import Launch
+from .config import pick_config, sums_in_rows
 from .problem import LAYER_NORM, NormProblem, Saved, chunk_rows
 from .triton_backward import norm_backward_kernel, norm_backward_parameters_kernel
 from .triton_forward import norm_forward_kernel
 from .triton_support import MAX_CHUNKS, chunks
 
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel, its grid and its arguments."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    tile: Tile
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """For the compiler."""
-        # A product that is rounded where it is averaged and not where it meets its mean leaves a remainder.
-        return {"num_warps": self.tile.num_warps, "enable_fp_fusion": False}
-
-    def run(self, device: torch.device) -> None:
-        """Launches on ``device``'s current stream."""
-        if 0 in self.grid:
-            return
-        guard: AbstractContextManager[Any] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with guard:
-            self.kernel[self.grid](**self.arguments, **self.options)
+# Fused, a product that is rounded where it is averaged and not where it meets its mean would leave a remainder.
+_launch = partial(Launch, fuses_multiply_add=False)
 
 
 def forward_launch(
@@ -73,10 +49,10 @@ def forward_launch(
         "drop_below": philox.threshold(p.dropout_p),
         "keep_scale": philox.keep_scale(p.dropout_p),
         "SUBTRACT_MEAN": p.norm == LAYER_NORM,
-        "ROWS": tile.block_rows,
-        "BLOCK": tile.block_features,
+        "ROWS": tile.block_m,
+        "BLOCK": tile.block_n,
     }
-    return Launch(norm_forward_kernel, (triton.cdiv(rows, tile.block_rows),), arguments, tile)
+    return _launch(norm_forward_kernel, (triton.cdiv(rows, tile.block_m),), arguments, tile)
 
 
 def backward_launches(
@@ -123,15 +99,15 @@ def backward_launches(
             "grad_sum_stride": _stride(grad_sum_rows),
             "drop_below": philox.threshold(s.dropout_p),
             "keep_scale": philox.keep_scale(s.dropout_p),
-            "ROWS": tile.block_rows,
-            "BLOCK": tile.block_features,
+            "ROWS": tile.block_m,
+            "BLOCK": tile.block_n,
         }
-        launches.append(Launch(norm_backward_kernel, (chunks(rows),), arguments, tile))
+        launches.append(_launch(norm_backward_kernel, (chunks(rows),), arguments, tile))
     if wants_sums and not in_rows:
         tile = pick_config("backward_parameters", features, arch)
-        arguments = {**shared, **partial, "ROWS": tile.block_rows, "BLOCK": tile.block_features}
-        grid = (chunks(rows), triton.cdiv(features, tile.block_features))
-        launches.append(Launch(norm_backward_parameters_kernel, grid, arguments, tile))
+        arguments = {**shared, **partial, "ROWS": tile.block_m, "BLOCK": tile.block_n}
+        grid = (chunks(rows), triton.cdiv(features, tile.block_n))
+        launches.append(_launch(norm_backward_parameters_kernel, grid, arguments, tile))
     return launches
 
 

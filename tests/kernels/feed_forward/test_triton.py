@@ -101,7 +101,7 @@ def test_the_sums_over_tokens_are_cut_as_the_tile_says(
     inputs = make_inputs(Case("", leading=(65,), d_in=40, d_ff=72, gated=gated), torch.float32, "cpu", seed)
     results(fused("triton"), inputs)
     weights = [step for step in launched if step.kernel.fn.__name__ == "linear_backward_weight_kernel"]
-    assert [step.programs for step in weights] == [4] * (3 if gated else 2)
+    assert [step.grid for step in weights] == [(4,)] * (3 if gated else 2)
     assert {step.arguments["slice_rows"] for step in weights} == {64}
 
 

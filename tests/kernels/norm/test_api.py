@@ -172,9 +172,9 @@ def test_every_row_has_a_tile(architecture: str) -> None:
     for features in (1, 8, 40, 512, 1000, 1025, 4096, 5000, 16384):
         for kernel in ("forward", "backward"):
             tile = pick_config(kernel, features, architecture)
-            assert features <= tile.block_features <= max(16, 2 * features)
-        assert pick_config("backward_parameters", features, architecture).block_features <= 128
+            assert features <= tile.block_n <= max(16, 2 * features)
+        assert pick_config("backward_parameters", features, architecture).block_n <= 128
         if sums_in_rows(features, architecture):
-            assert pick_config("backward_with_parameters", features, architecture).block_features >= features
+            assert pick_config("backward_with_parameters", features, architecture).block_n >= features
     with pytest.raises(ValueError, match="no tile for forward, 16385 features"):
         pick_config("forward", 16385, architecture)
