@@ -19,7 +19,8 @@ from .ahead_of_time import ARCHITECTURES, DTYPES, SPILLS, Compiled, allowed_spil
 from .cells import NONE, Cell, Table
 from .terminal import Terminal
 
-KERNELS = (*attention.KERNELS, *decode.KERNELS, *gemm.KERNELS, *norm.KERNELS)
+OPERATIONS = (attention, decode, gemm, norm)
+KERNELS = tuple(kernel for operation in OPERATIONS for kernel in operation.KERNELS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,8 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--write-spills", action="store_true", help=f"put what was found into {SPILLS.name}")
     given = parser.parse_args(arguments)
     of_each = (
-        operation.covering_combinations() if given.quick else operation.all_combinations()
-        for operation in (attention, decode, gemm, norm)
+        operation.covering_combinations() if given.quick else operation.all_combinations() for operation in OPERATIONS
     )
     combinations = [
         c

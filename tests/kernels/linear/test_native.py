@@ -86,7 +86,7 @@ def test_more_than_a_block(sizes: tuple[int, int, int], dtype: torch.dtype, seed
 
 @built
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [17, 130, 5003])
+@pytest.mark.parametrize("rows", [17, 130, 50_003])
 def test_sums_of_many_rows(rows: int, dtype: torch.dtype, seed: int) -> None:
     """Of one sign: each addition to a long sum would lose the more of what it adds."""
     x, weight, bias, grad_out = make(rows, 5, 70, dtype, seed)
