@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .attention import MultiheadAttention
 from .cache import KVCache
-from .decoder_step import decode_at_once
+from .decoder_step import decode_at_once, decoder_layer, may_decode_at_once
 from .sublayers import add_and_norm, add_feed_forward, add_norm, feed_forward_block, is_overridden, layer_norm
 
 
@@ -144,10 +144,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         Returns:
             (B, L, d_model).
         """
-        if not is_overridden(self, "_attend_remembered", TransformerDecoderLayer._attend_remembered):
-            out = decode_at_once(self, x, cache, layer)
-            if out is not None:
-                return out
+        out = _decode_at_once([self], x, cache, layer)
+        if out is not None:
+            return out
         if self.norm_first:
             x = x + self.self_attn.attend_cached(layer_norm(x, self.norm1), cache, layer)
             x = x + self._attend_remembered(layer_norm(x, self.norm2), cache, layer)
@@ -229,6 +228,28 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         Returns:
             (B, L, d_model).
         """
-        for number, layer in enumerate(self.layers):
-            x = layer.decode(x, cache, number)
+        out = _decode_at_once(self.layers, x, cache, 0)
+        if out is not None:
+            x = out
+        else:
+            for number, layer in enumerate(self.layers):
+                x = layer.decode(x, cache, number)
         return x if self.norm is None else layer_norm(x, self.norm)
+
+
+def _decode_at_once(layers: Iterable[torch.nn.Module], x: Tensor, cache: KVCache, first: int) -> Tensor | None:
+    """The layers' ``decode`` one after the other; None where they do not do as their class and torch's modules say."""
+    if not may_decode_at_once(x, cache):
+        return None
+    parts = []
+    for layer in layers:
+        if not isinstance(layer, TransformerDecoderLayer) or any(is_overridden(layer, *one) for one in _STEP.items()):
+            return None
+        part = decoder_layer(layer)
+        if part is None:
+            return None
+        parts.append(part)
+    return decode_at_once(parts, x, cache, first) if parts else None
+
+
+_STEP = {name: getattr(TransformerDecoderLayer, name) for name in ("decode", "_attend_remembered")}

@@ -1,17 +1,18 @@
-"""A decoder layer's step over caches in one native call: of a small model's step, the calls between kernels are a part.
+"""A step of a decoder over caches in one native call: of a small model's step, what lies between kernels is a part.
 
-The kernels are those that :meth:`TransformerDecoderLayer.decode` calls one after the other, and the bits are theirs.
+The kernels are those that the layers' own ``decode`` calls one after the other.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..kernels.common import native
+from ..kernels.common import native, packed
 from ..kernels.common.activations import ACTIVATIONS, name_of
 from ..kernels.common.backend import AUTO, is_free_to
 from .attention import MultiheadAttention
@@ -22,19 +23,107 @@ _METHODS = {name: getattr(MultiheadAttention, name) for name in ("attend_cached"
 _PROJECTIONS = frozenset({torch.nn.Linear, NonDynamicallyQuantizableLinear})
 
 
-def decode_at_once(layer: Any, x: Tensor, cache: KVCache, number: int) -> Tensor | None:
-    """``layer.decode(x, cache, number)``; None, with nothing done, wherever more than the kernels is asked for.
+class LayerTensors(NamedTuple):
+    """What a layer's step reads; the order is that of ``Slot`` in csrc/cpu/decoder_step.cpp.
+
+    ``norms`` are those of self-attention, attention to a memory if there is one, and the feed-forward network; in
+    front of these sublayers or behind.
+    """
+
+    in_weight: Tensor  # of queries, keys and values
+    in_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    memory_in_weight: Tensor | None
+    memory_in_bias: Tensor | None
+    memory_out_weight: Tensor | None
+    memory_out_bias: Tensor | None
+    weight1: Tensor
+    bias1: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    norm1_weight: Tensor | None
+    norm1_bias: Tensor | None
+    norm2_weight: Tensor | None
+    norm2_bias: Tensor | None
+    norm3_weight: Tensor | None = None
+    norm3_bias: Tensor | None = None
+    query_norm_weight: Tensor | None = None
+    key_norm_weight: Tensor | None = None
+
+
+class Layer(NamedTuple):
+    """A layer as :func:`decode_at_once` takes it, where nothing but its tensors and these numbers makes its result."""
+
+    tensors: LayerTensors
+    eps: tuple[float, float, float, float, float]  # of the norms, the query's and the key's; 0 where there is none
+    window: int  # keys that a query sees beside its own and to the left of it; -1: all
+    heads: int
+    norm_first: bool
+    subtract_mean: bool  # layer norms, not RMS norms
+    activation: str
+
+
+def may_decode_at_once(x: Tensor, cache: KVCache) -> bool:
+    """Whether to look at the layers at all."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and is_free_to("cpu", AUTO)
+        and type(cache) is KVCache
+        and not cache.is_empty
+    )
+
+
+def decode_at_once(
+    layers: Sequence[Layer],
+    x: Tensor,
+    cache: KVCache,
+    first: int = 0,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """The layers one after the other; None, with nothing done, wherever more than the kernels is asked for.
 
     Args:
-        layer: a ``TransformerDecoderLayer``.
+        layers: of a decoder, in their order.
         x: (B, L, d_model).
-        cache: of the keys and values of all layers.
-        number: which layer this is.
+        cache: of the keys and values of all layers, where :func:`may_decode_at_once`.
+        first: which of the cache's layers is the first of these.
+        rotation: of the queries and keys of all layers, if their positions are rotary.
+
+    Returns:
+        (B, L, d_model).
+
+    Raises:
+        ValueError: the cache has no room for L more tokens.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu or not is_free_to("cpu", AUTO):
+    if len({layer[3:] for layer in layers}) != 1:
         return None
-    if type(cache) is not KVCache or cache.is_empty or number >= len(cache.memory):
-        return None
+    heads, norm_first, subtract_mean, activation = layers[0][3:]
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    numbers = slice(first, first + len(layers))
+    caches = cache.keys[numbers], cache.values[numbers]
+    memory = [list(kept) for kept in zip(*cache.memory[numbers], strict=True)] or [[], []]
+    others = cache.lengths, cache.block_table, cache.memory_mask, *(rotation or (None, None))
+    cache.reserve(x.size(1))
+    return native.short_way(
+        "decoder_step_cpu",
+        (x, *others, *tensors, *caches[0], *caches[1], *memory[0], *memory[1]),
+        heads,
+        norm_first,
+        subtract_mean,
+        ACTIVATIONS[activation].number,
+        [eps for layer in layers for eps in layer.eps],
+        [layer.window for layer in layers],
+        [packed.packed(weight) for layer in layers for weight in layer.tensors[:14:2]],
+        grouped=(x, tensors, *caches, *others[:2], *memory, *others[2:]),
+    )
+
+
+def decoder_layer(layer: Any) -> Layer | None:
+    """What a step of a ``TransformerDecoderLayer`` is made of; None where it asks for more than the kernels."""
     activation = name_of(fused_activation(layer))
     if activation is None:
         return None
@@ -43,26 +132,30 @@ def decode_at_once(layer: Any, x: Tensor, cache: KVCache, number: int) -> Tensor
     norms = modules["norm1"], modules["norm2"], modules["norm3"]
     if not _attends_plainly(own, across) or not _are_layer_norms(*norms) or probability(modules["dropout"]) > 0.0:
         return None
-    holders = own, own._modules["out_proj"], across, across._modules["out_proj"], modules["linear1"], modules["linear2"]
-    tensors = [x]
     try:
-        for i, holder in enumerate((*holders, *norms)):
-            weight, bias = ("in_proj_weight", "in_proj_bias") if i in (0, 2) else ("weight", "bias")
-            tensors += (holder._parameters[weight], holder._parameters[bias])
-    except KeyError:  # computed when it is asked for, or no parameter
+        tensors = [
+            *(own._parameters["in_proj_weight"], own._parameters["in_proj_bias"]),
+            *parameters(own._modules["out_proj"]),
+            *(across._parameters["in_proj_weight"], across._parameters["in_proj_bias"]),
+            *parameters(across._modules["out_proj"], modules["linear1"], None, modules["linear2"], *norms),
+        ]
+    except KeyError:
         return None
-    cache.reserve(x.size(1))
-    of_cache = cache.keys[number], cache.values[number], cache.lengths, cache.block_table
-    own_weight, _, out_weight, _, _, _, across_out_weight, _, weight1, _, weight2 = tensors[1:12]
-    return native.short_way(
-        "decoder_layer_plain_cpu",
-        (*tensors, *of_cache, *cache.memory[number], cache.memory_mask),
-        own.num_heads,
-        bool(layer.norm_first),
-        ACTIVATIONS[activation].number,
-        *[norm.eps for norm in norms],
-        weights=(own_weight, out_weight, across_out_weight, weight1, weight2),
-    )
+    eps = (*(norm.eps for norm in norms), 0.0, 0.0)
+    of_layer = LayerTensors._make([*tensors, None, None])
+    return Layer(of_layer, eps, -1, own.num_heads, bool(layer.norm_first), True, activation)
+
+
+def parameters(*modules: Any) -> list[Tensor | None]:
+    """Weight and bias of each module, None of None.
+
+    Raises:
+        KeyError: one is computed when it is asked for, or is no parameter.
+    """
+    found: list[Tensor | None] = []
+    for x in modules:
+        found += (None, None) if x is None else (x._parameters["weight"], x._parameters["bias"])
+    return found
 
 
 def _attends_plainly(*attentions: Any) -> bool:

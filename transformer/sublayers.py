@@ -9,7 +9,7 @@ it, and so is a block that a subclass overrides. This is looked at on each call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -29,14 +29,14 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _FEED_FORWARD_BLOCKS = (torch.nn.TransformerEncoderLayer._ff_block, torch.nn.TransformerDecoderLayer._ff_block)
 
 
-def is_plain(*modules: torch.nn.Module | None) -> bool:
-    """Whether each is torch's own, or None, with nothing attached that a call would run."""
+def is_plain(*modules: torch.nn.Module | None, types: Collection[type] = _PARTS) -> bool:
+    """Whether each is of these types, torch's own, or None, with nothing attached that a call would run."""
     if _has_any_global_hook():
         return False
     for x in modules:  # a loop, and no helper: in a small layer this is a tenth of the time
         if x is None:
             continue
-        if type(x) not in _PARTS or x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__:
+        if type(x) not in types or x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__:
             return False
         if x._backward_hooks or x._backward_pre_hooks:
             return False

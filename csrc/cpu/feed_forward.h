@@ -270,7 +270,7 @@ class FeedForward {
         auto rows = [&](const Matrix& x) { return rows_from(x, token, SIZE); };
         const HiddenRows<S> first(p_, token, hidden_, rows(results.pre_activation), rows(results.pre_gate));
         const OutRows<S> second(p_, token, rows(results.out), rows(p_.residual));
-        const Product product = {{hidden_, false, true}, {p_.weight2, true, false, kept(p_.packed2)}};
+        const Product product = {{hidden_, false, true}, {p_.weight2, true, false, kept(p_.packed2)}, 0, p_.then};
         return first_products(first, token, m) && Gemm<E>::run(&product, 1, m, p_.d_out, p_.d_ff, second, runtime_);
     }
 

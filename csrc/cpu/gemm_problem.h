@@ -35,6 +35,7 @@ struct FeedForwardProblem {
     const void *bias1 = nullptr, *bias2 = nullptr, *gate_bias = nullptr;
     void *packed1 = nullptr, *packed2 = nullptr,
          *packed_gate = nullptr;  // the weights, as Kernels::pack_weight left them
+    const void* then = nullptr;   // what will be read after them, if that is known
     Activation activation;
     uint32_t seed[2] = {0, 0};
     uint32_t dropout_threshold = 0, residual_dropout_threshold = 0;

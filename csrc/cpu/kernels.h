@@ -10,6 +10,7 @@
 #include "gemm_kernels.h"
 #include "norm.h"
 #include "problem.h"
+#include "rotary.h"
 #ifdef FF_AMX
 #include "amx_engine.h"
 #include "range.h"
@@ -105,6 +106,7 @@ const Kernels kernels = {
     .feed_forward_memory = feed_forward_memory,
     .norm_forward = norm_forward,
     .norm_backward = norm_backward,
+    .rotate = rotate,
 };
 
 }  // namespace fusedformer::FF_LEVEL

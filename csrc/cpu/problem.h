@@ -99,6 +99,7 @@ struct FeedForwardGradients;
 struct NormProblem;  // norm_problem.h
 struct NormResults;
 struct NormGradients;
+struct RotaryProblem;  // rotary_problem.h
 
 // The kernels of one instruction set level.
 struct Kernels {
@@ -121,6 +122,7 @@ struct Kernels {
     int64_t (*feed_forward_memory)(const FeedForwardProblem&, bool backward, bool recompute, const Runtime&);
     void (*norm_forward)(const NormProblem&, const NormResults&, const Runtime&);
     void (*norm_backward)(const NormProblem&, const NormGradients&, const Runtime&);
+    void (*rotate)(const RotaryProblem&);
 };
 
 }  // namespace fusedformer

@@ -62,11 +62,16 @@ _autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def short_way(
-    operator: str, tensors: tuple[Tensor | None, ...], *options: Any, weights: tuple[Tensor | None, ...] = ()
+    operator: str,
+    tensors: tuple[Tensor | None, ...],
+    *options: Any,
+    weights: tuple[Tensor | None, ...] = (),
+    grouped: tuple[Any, ...] | None = None,
 ) -> Tensor | None:
     """``operator(*tensors, *options)`` with hardly a check between: of a small call the checks are most.
 
-    What is kept packed of ``weights``, those that the operator can read so, follows the options.
+    What is kept packed of ``weights``, those that the operator can read so, follows the options. ``grouped`` are the
+    tensors as the operator takes them, where some stand in lists.
 
     None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
     """
@@ -83,7 +88,8 @@ def short_way(
             return None
         _operators[operator] = getattr(EXTENSION.operators, operator).default._op
     try:
-        return _operators[operator](*tensors, *options, *map(packed.packed, weights))  # type: ignore[no-any-return]
+        given = tensors if grouped is None else grouped
+        return _operators[operator](*given, *options, *map(packed.packed, weights))  # type: ignore[no-any-return]
     except NotImplementedError:  # torch's dispatcher, for tensors that are sparse, nested, quantized, on two devices
         return None
 

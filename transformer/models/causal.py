@@ -18,7 +18,7 @@ from ..cache import KVCache
 from ..generation import GenerationMixin
 from ..positional_encoding import LearnedPositionalEncoding, SinusoidalPositionalEncoding
 from ..rotary import RotaryEmbedding, check_positive, check_scaling
-from .causal_layer import CausalLayer, add_norm, make_norm, norm
+from .causal_layer import CausalLayer, add_norm, decode_layers, make_norm, norm
 from .checks import check_choice, check_like_tokens, check_size, check_token, check_tokens
 from .pretrained import Converter, PretrainedModel
 
@@ -277,8 +277,7 @@ class CausalLanguageModel(GenerationMixin, PretrainedModel):
             rotation = self.positions(positions, x.dtype)
         else:
             x = x + self.positions.at(positions, x.dtype)
-        for number, layer in enumerate(self.layers):
-            x = layer.decode(x, cache, number, rotation)  # type: ignore[operator]
+        x = decode_layers(self.layers, x, cache, rotation)
         if count is None:
             last = x[:, -1]
         else:

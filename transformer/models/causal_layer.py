@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.attention.api import attention
+from ...kernels.common.activations import name_of
 from ...kernels.linear.api import linear
 from ...kernels.norm.api import dropout_add_layer_norm, dropout_add_rms_norm
 from ..cache import KVCache
+from ..decoder_step import Layer, LayerTensors, decode_at_once, may_decode_at_once, parameters
 from ..feed_forward import FeedForward, GatedFeedForward
 from ..rotary import rotate
+from ..sublayers import is_overridden, is_plain
 
 if TYPE_CHECKING:
     from .causal import CausalConfig
@@ -93,9 +97,10 @@ class CausalLayer(torch.nn.Module):
         Returns:
             (B, L, d_model).
         """
-        # Sums and norms apart: for a few tokens, whose calls cost more than their memory, it is the quicker way.
-        x = x + self._merge(cache.attend(layer, *self._project(norm(x, self.norm1), rotation)))
-        return x + self.feed_forward(norm(x, self.norm2))  # type: ignore[no-any-return]
+        update = self._merge(cache.attend(layer, *self._project(norm(x, self.norm1), rotation)))
+        x, residual = add_norm(update, x, self.norm2, 0.0)
+        out: Tensor = self.feed_forward(x, residual)
+        return out
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, L, D), key and value (B, Hkv, L, D), of one product."""
@@ -113,6 +118,61 @@ class CausalLayer(torch.nn.Module):
     def _merge(self, out: Tensor) -> Tensor:
         """(B, H, L, D) to (B, L, d_model)."""
         return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+
+def decode_layers(layers: Iterable[torch.nn.Module], x: Tensor, cache: KVCache, rotation: Rotation) -> Tensor:
+    """:meth:`CausalLayer.decode` of one layer after the other, in one call where nothing else than that is asked for.
+
+    Args:
+        layers: of the model, ``CausalLayer`` or others with its ``decode``.
+        x: (B, L, d_model).
+        cache: of the model.
+        rotation: at the positions of ``x``.
+
+    Returns:
+        (B, L, d_model).
+    """
+    layers = list(layers)
+    if may_decode_at_once(x, cache):
+        parts = list(map(_parts, layers))
+        known = [part for part in parts if part is not None]
+        out = decode_at_once(known, x, cache, rotation=rotation) if len(known) == len(layers) else None
+        if out is not None:
+            return out
+    for number, layer in enumerate(layers):
+        x = layer.decode(x, cache, number, rotation)  # type: ignore[operator]
+    return x
+
+
+def _parts(layer: torch.nn.Module) -> Layer | None:
+    """What a step of the layer is made of; None where it asks for more than the kernels."""
+    if not isinstance(layer, CausalLayer) or any(is_overridden(layer, *one) for one in _STEP.items()):
+        return None
+    modules = layer._modules  # not by nn.Module's __getattr__, which costs more than a look
+    norms: list[Any] = [modules["norm1"], modules["norm2"]]
+    network = modules["feed_forward"]
+    if not isinstance(network, FeedForward) or not is_plain(network, types=_NETWORKS):
+        return None
+    activation = name_of(network.activation)
+    if activation is None or (network.training and (network.dropout or network.residual_dropout)):
+        return None
+    kinds = set(map(type, norms))
+    if kinds not in ({torch.nn.LayerNorm}, {torch.nn.RMSNorm}):
+        return None
+    of_network = network._modules
+    try:
+        linears = parameters(modules["in_proj"], modules["out_proj"])
+        hidden = parameters(of_network["linear1"], of_network.get("linear_gate"), of_network["linear2"])
+        of_norms = [norm._parameters.get(name) for norm in norms for name in ("weight", "bias")]
+    except KeyError:  # computed when it is asked for, or no parameter
+        return None
+    tensors = LayerTensors._make([*linears, None, None, None, None, *hidden, *of_norms, None, None, None, None])
+    eps = (norms[0].eps or 0.0, norms[1].eps or 0.0, 0.0, 0.0, 0.0)
+    return Layer(tensors, eps, -1, layer.nhead, True, torch.nn.LayerNorm in kinds, activation)
+
+
+_STEP = {name: getattr(CausalLayer, name) for name in ("decode", "_project", "_merge")}
+_NETWORKS = frozenset({FeedForward, GatedFeedForward})
 
 
 def make_norm(config: CausalConfig) -> Norm:
