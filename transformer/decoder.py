@@ -243,8 +243,11 @@ def _decode_at_once(layers: Iterable[torch.nn.Module], x: Tensor, cache: KVCache
         return None
     parts = []
     for layer in layers:
-        if not isinstance(layer, TransformerDecoderLayer) or any(is_overridden(layer, *one) for one in _STEP.items()):
+        if not isinstance(layer, TransformerDecoderLayer):
             return None
+        for method, original in _STEP:
+            if is_overridden(layer, method, original):
+                return None
         part = decoder_layer(layer)
         if part is None:
             return None
@@ -252,4 +255,4 @@ def _decode_at_once(layers: Iterable[torch.nn.Module], x: Tensor, cache: KVCache
     return decode_at_once(parts, x, cache, first) if parts else None
 
 
-_STEP = {name: getattr(TransformerDecoderLayer, name) for name in ("decode", "_attend_remembered")}
+_STEP = [(name, getattr(TransformerDecoderLayer, name)) for name in ("decode", "_attend_remembered")]

@@ -117,10 +117,14 @@ def add_feed_forward(layer: Any, x: Tensor, dropout: Dropout, residual: Tensor) 
 
 def fused_activation(layer: Any) -> str | Function | None:
     """The activation of a network that the fused function computes; None where it does not."""
-    linear1, linear2 = layer.linear1, layer.linear2
-    if not is_plain(linear1, linear2, layer.dropout) or is_overridden(layer, "_ff_block", *_FEED_FORWARD_BLOCKS):
+    modules = layer._modules  # not by nn.Module's __getattr__, of which five take as long as the rest
+    try:
+        linear1, linear2, dropout = modules["linear1"], modules["linear2"], modules["dropout"]
+    except KeyError:
         return None
-    if not (_is_dense(linear1.weight) and _is_dense(linear2.weight)):
+    if not is_plain(linear1, linear2, dropout) or is_overridden(layer, "_ff_block", *_FEED_FORWARD_BLOCKS):
+        return None
+    if not (_is_dense(linear1) and _is_dense(linear2)):
         return None
     activation: str | Function = layer.activation
     if type(activation) in _ACTIVATIONS and is_plain(activation):  # type: ignore[arg-type]
@@ -146,9 +150,9 @@ def _feed_forward(
     )
 
 
-def _is_dense(weight: Tensor) -> bool:
-    """Whether a kernel may read it: what is quantised is torch's to compute with."""
-    return type(weight) in _PLAIN or not is_traceable_wrapper_subclass(weight)
+def _is_dense(linear: Any) -> bool:
+    """Whether a kernel may read its weight: what is quantised is torch's to compute with."""
+    return type(linear._parameters.get("weight")) in _PLAIN or not is_traceable_wrapper_subclass(linear.weight)
 
 
 def _is_fusable(norm: Any, dropout: Dropout) -> bool:

@@ -146,8 +146,11 @@ def decode_layers(layers: Iterable[torch.nn.Module], x: Tensor, cache: KVCache, 
 
 def _parts(layer: torch.nn.Module) -> Layer | None:
     """What a step of the layer is made of; None where it asks for more than the kernels."""
-    if not isinstance(layer, CausalLayer) or any(is_overridden(layer, *one) for one in _STEP.items()):
+    if not isinstance(layer, CausalLayer):
         return None
+    for method, original in _STEP:
+        if is_overridden(layer, method, original):
+            return None
     modules = layer._modules  # not by nn.Module's __getattr__, which costs more than a look
     norms: list[Any] = [modules["norm1"], modules["norm2"]]
     network = modules["feed_forward"]
@@ -171,7 +174,7 @@ def _parts(layer: torch.nn.Module) -> Layer | None:
     return Layer(tensors, eps, -1, layer.nhead, True, torch.nn.LayerNorm in kinds, activation)
 
 
-_STEP = {name: getattr(CausalLayer, name) for name in ("decode", "_project", "_merge")}
+_STEP = [(name, getattr(CausalLayer, name)) for name in ("decode", "_project", "_merge")]
 _NETWORKS = frozenset({FeedForward, GatedFeedForward})
 
 
