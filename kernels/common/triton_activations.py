@@ -14,11 +14,11 @@ GELU_TANH_CUBE = tl.constexpr(0.044715)
 
 @triton.jit
 def sigmoid(x):
-    """σ(x) = 1 / (1 + exp(-x)) and its derivative σ(x) σ(-x), each to its own last places: 1 - σ(x) would cancel."""
+    """σ(x) = 1 / (1 + exp(-x)) and 1 - σ(x), each to its own last places, where a subtraction would cancel."""
     e = tl.exp(-tl.abs(x))
     larger = 1.0 / (1.0 + e)
     smaller = e * larger
-    return tl.where(x < 0.0, smaller, larger), smaller * larger
+    return tl.where(x < 0.0, smaller, larger), tl.where(x < 0.0, larger, smaller)
 
 
 @triton.jit
@@ -55,11 +55,11 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
         value = 0.5 * (1.0 + tl.erf(z * SQRT_HALF)) + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
         square = gelu_tanh_square(z)
-        share, bell = sigmoid(z * (square * GELU_TANH_CUBE + 1.0) * GELU_TANH_INNER)
-        value = share + z * bell * (square * 3.0 * GELU_TANH_CUBE + 1.0) * GELU_TANH_INNER
+        share, rest = sigmoid(z * (square * GELU_TANH_CUBE + 1.0) * GELU_TANH_INNER)
+        value = share + z * (share * rest) * (square * 3.0 * GELU_TANH_CUBE + 1.0) * GELU_TANH_INNER
     elif ACTIVATION == "silu":
-        share, bell = sigmoid(z)
-        value = share + z * bell
+        share, rest = sigmoid(z)
+        value = share * (z * rest + 1.0)
     else:
         tl.static_assert(ACTIVATION == "relu2")
         value = tl.where(z <= 0.0, 0.0, 2.0 * z)
