@@ -19,7 +19,7 @@ bench: $(READY)
 	$(RUN) benchmarks $(if $(filter 1,$(FULL)),--full)
 
 test: $(READY)
-	$(RUN) pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+	$(RUN) pytest --numprocesses auto --maxprocesses 8 --durations 20 --durations-min 10 $(ARGS)
 
 lint: $(READY)
 	$(RUN) ruff check .
