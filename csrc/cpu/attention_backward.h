@@ -19,7 +19,6 @@ class AttentionBackward : GradientTiles<E> {
     using Tiles::PANEL, Tiles::BLOCK_Q, Tiles::BLOCK_K, Tiles::p_, Tiles::inputs_, Tiles::results_, Tiles::runtime_,
         Tiles::plain_, Tiles::blocks_, Tiles::at, Tiles::fill, Tiles::store_term;
     using typename Tiles::Scalar, typename Tiles::Packed, typename Tiles::Queries, typename Tiles::TileScratch;
-    static_assert(BACKWARD_BLOCK_K % BLOCK_K == 0);
 
   public:
     static void run(const Problem& p, const BackwardInputs& inputs, const BackwardResults& results,

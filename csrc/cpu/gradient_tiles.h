@@ -12,7 +12,7 @@ class GradientTiles {
   protected:
     using Scalar = typename E::Scalar;
     using Packed = typename E::Packed;
-    static constexpr int64_t PANEL = E::PANEL, BLOCK_Q = E::BACKWARD_BLOCK_Q, BLOCK_K = E::BLOCK_K;
+    static constexpr int64_t PANEL = E::PANEL, BLOCK_Q = E::BACKWARD_BLOCK_Q, BLOCK_K = BACKWARD_BLOCK_K;
 
     const Problem& p_;
     const BackwardInputs& inputs_;
