@@ -56,7 +56,7 @@ sanitize() {
     local tool
     for tool in memcheck racecheck synccheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest -m gpu -q -x -p no:cacheprovider tests/kernels -k sanitized || return
+            "$python" -m pytest -m gpu -q -x -p no:cacheprovider tests/kernels/test_sanitized.py || return
     done
 }
 export -f sanitize
@@ -73,7 +73,7 @@ command_of() {
     full) command=("$python" -m benchmarks --full --out "$folder/full") ;;
     "build dry") command=("$python" setup.py --name) ;;
     "tests dry") command=("$python" -m pytest -m gpu -q -p no:cacheprovider tests/test_benchmarks.py) ;;
-    "sanitizer dry") command=("$python" -m pytest -m gpu -q -p no:cacheprovider tests/kernels -k sanitized) ;;
+    "sanitizer dry") command=("$python" -m pytest -m gpu -q -p no:cacheprovider tests/kernels/test_sanitized.py) ;;
     "numerics dry") command=("$python" -m benchmarks numerics --quick --out "$folder/numerics") ;;
     "bench dry") command=("$python" -m benchmarks --quick --only fp32 --out "$folder/bench") ;;
     "cuda dry") command=("$python" -m benchmarks --quick --only "$BY_CUDA" --out "$folder/cuda") ;;
