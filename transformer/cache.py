@@ -85,13 +85,16 @@ class KVCache:
         """Nothing has been kept yet."""
         return self._longest == 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: tuple[int, int] | None = None
+    ) -> Tensor:
         """Appends keys and values behind each row's length and attends to all of the row's, causally.
 
         Args:
             layer: whose cache.
             query: (B, H, L, D), standing where ``key`` does.
             key, value: (B, Hkv, L, D).
+            window: as :func:`~fusedformer.functional.attention` takes it. What leaves it stays in the cache.
 
         Returns:
             (B, H, L, D). The lengths stay as they are until :meth:`advance`, as all layers append at the same place.
@@ -103,7 +106,7 @@ class KVCache:
         if self.is_empty:
             self._fill(self.keys[layer], key)
             self._fill(self.values[layer], value)
-            return attention(query, key, value, is_causal=True, enable_gqa=True)
+            return attention(query, key, value, is_causal=True, enable_gqa=True, window=window)
         return attention_with_kvcache(
             query,
             self.keys[layer],
@@ -112,6 +115,7 @@ class KVCache:
             key=key,
             value=value,
             block_table=self.block_table,
+            window=window,
         )
 
     def reserve(self, count: int) -> None:

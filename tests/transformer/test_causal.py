@@ -29,6 +29,7 @@ STYLES = {
     "GPT-2": CausalConfig(VOCABULARY, max_length=32, **SIZES, **NO_DROPOUT),
     "sinusoidal": CausalConfig(VOCABULARY, positions="sinusoidal", max_length=None, **SIZES, **NO_DROPOUT),
     "Llama": CausalConfig.llama(VOCABULARY, num_kv_heads=2, dim_feedforward=20, rope_scaling=LLAMA3, **SIZES),
+    "Qwen3": CausalConfig.llama(VOCABULARY, head_dim=8, window=(3, None), query_key_norm=True, **SIZES),
     "one key head": CausalConfig.llama(VOCABULARY, num_kv_heads=1, head_dim=10, norm="layer_norm", **SIZES),
 }
 
@@ -242,6 +243,9 @@ def test_saved_and_loaded(style: str, tmp_path: Path) -> None:
         ({"positions": "rotary", "max_length": None, "head_dim": 9}, ValueError, "head_dim: got 9"),
         ({"rope_theta": 0.0}, ValueError, "rope_theta: got 0.0"),
         ({"rope_scaling": {"rope_type": "yarn"}}, ValueError, "rope_scaling: got .*yarn"),
+        ({"window": 0}, ValueError, "window: got 0, expected at least 1"),
+        ({"window": (3, None, 3)}, ValueError, "window: got 3 windows, expected one of each of num_layers = 2"),
+        ({"window": (None, 2.0)}, TypeError, "window: got float, expected an int"),
         ({"attention_dropout": 1.5}, ValueError, "attention_dropout: got 1.5"),
         ({"eos_token_id": (3, VOCABULARY)}, ValueError, f"eos_token_id: got {VOCABULARY}"),
         ({"pad_token_id": -1}, ValueError, "pad_token_id: got -1"),

@@ -194,9 +194,13 @@ def test_a_full_cache_is_named(seed: int) -> None:
 
 
 SIZES: dict[str, Any] = {"d_model": D, "nhead": HEADS, "num_layers": 2, "dim_feedforward": 40}
+GROUPED = {**SIZES, "nhead": 4, "num_kv_heads": 2, "head_dim": 6}
 STYLES = {
     "GPT-2": CausalConfig(50, **SIZES, max_length=30),
-    "Llama": CausalConfig.llama(50, **{**SIZES, "nhead": 4, "num_kv_heads": 2, "head_dim": 6}),
+    "Llama": CausalConfig.llama(50, **GROUPED),
+    "window": CausalConfig(50, **SIZES, max_length=30, window=2),
+    "normed heads": CausalConfig.llama(50, **GROUPED, positions="sinusoidal", query_key_norm=True),
+    "Qwen3": CausalConfig.llama(50, **GROUPED, window=(4, None), query_key_norm=True),
 }
 
 
@@ -232,7 +236,7 @@ def test_a_language_models_step(
         with use_backend("reference"):
             eager, truth = logits_of_steps(model, page), logits_of_steps(copy.deepcopy(model).double(), page)
     assert calls == [2] * len(STEPS)
-    if style == "Llama":  # a rotation rounds otherwise in one call
+    if model.config.positions == "rotary":  # a rotation rounds otherwise in one call
         assert_within_contract(found[0], truth, [eager, separate], "logits")
     else:
         assert_equal_bits(found[0], separate)

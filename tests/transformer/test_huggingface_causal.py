@@ -27,6 +27,8 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 40,
 }
+WINDOW = 4  # fewer than the tokens of any row
+SLIDING: dict[str, Any] = {"use_sliding_window": True, "sliding_window": WINDOW}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
@@ -50,7 +52,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**LLAMA, "head_dim": 10, "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
     ),
     "Mistral": ("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": None}),
+    "Mistral, window": ("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": WINDOW}),
     "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {**LLAMA, "tie_word_embeddings": True}),
+    "Qwen2, window": ("Qwen2ForCausalLM", "Qwen2Config", {**LLAMA, **SLIDING, "max_window_layers": 1}),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 10}),
+    "Qwen3, window": (
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        {**LLAMA, **SLIDING, "head_dim": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 
 
@@ -138,7 +148,8 @@ def test_greedy_tokens_are_theirs(name: str) -> None:
     ids, real = torch.randint(3, VOCABULARY, (BATCH, LENGTH)), padded("left")
     options: dict[str, Any] = {"max_new_tokens": 9, "min_new_tokens": 9}
     expected = theirs.generate(input_ids=ids, attention_mask=real.long(), do_sample=False, **options)
-    assert torch.equal(ours.generate(ids, real.long(), **options), expected)
+    for page in (None, 4):
+        assert torch.equal(ours.generate(ids, real.long(), **options, page=page), expected)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +164,10 @@ def test_greedy_tokens_are_theirs(name: str) -> None:
         ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
         ("Llama", {"quantization_config": {"quant_method": "gptq"}}),
         ("Llama", {"num_hidden_layers": None}),
-        ("Mistral", {"sliding_window": 16}),
-        ("Qwen2", {"use_sliding_window": True}),
+        ("Mistral", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("Qwen2", {"layer_types": ["chunked_attention", "full_attention"]}),
+        ("Qwen2", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("Qwen3", {"hidden_act": "mish"}),
     ],
 )
 def test_refuses_by_name_what_it_does_not_compute(name: str, given: dict[str, Any]) -> None:

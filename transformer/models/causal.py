@@ -46,6 +46,8 @@ class CausalConfig:
         output_bias: the projection out of attention has one.
         feed_forward_bias: the feed-forward networks have biases.
         tie_embeddings: the softmax's weights are the embedding's.
+        window: the keys that a query sees, its own and those before it; None: all. A tuple has that of each layer.
+        query_key_norm: RMS norms, with ``norm_eps``, of each head's query and key, in front of rotary positions.
         dropout: of each sublayer's output.
         embedding_dropout: of the sums of embeddings and positions.
         attention_dropout: of the attention weights.
@@ -55,7 +57,8 @@ class CausalConfig:
         ValueError, TypeError: a field is not as described; the message names it.
 
     Source: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019); "LLaMA" (Touvron et al.,
-    2023).
+    2023); windows: "Mistral 7B" (Jiang et al., 2023), section 2; norms of query and key: "Qwen3 Technical Report"
+    (Yang et al., 2025).
     """
 
     vocab_size: int
@@ -77,6 +80,8 @@ class CausalConfig:
     output_bias: bool = True
     feed_forward_bias: bool = True
     tie_embeddings: bool = True
+    window: int | tuple[int | None, ...] | None = None
+    query_key_norm: bool = False
     dropout: float = 0.1
     embedding_dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -110,6 +115,12 @@ class CausalConfig:
             raise ValueError(f"head_dim: got {self.size_of_head}, expected an even number for rotary positions")
         check_positive("rope_theta", self.rope_theta)
         check_scaling("rope_scaling", self.rope_scaling)
+        if isinstance(self.window, tuple) and len(self.window) != self.num_layers:
+            expected = f"one of each of num_layers = {self.num_layers}"
+            raise ValueError(f"window: got {len(self.window)} windows, expected {expected}")
+        for window in self.windows:
+            if window is not None:
+                check_size("window", window)
         for name in ("dropout", "embedding_dropout", "attention_dropout"):
             check_probability(name, getattr(self, name))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -127,6 +138,11 @@ class CausalConfig:
     def size_of_head(self) -> int:
         """Features of a head."""
         return self.d_model // self.nhead if self.head_dim is None else self.head_dim
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """``window`` of each layer."""
+        return self.window if isinstance(self.window, tuple) else (self.window,) * self.num_layers
 
     @property
     def hidden_features(self) -> int:
@@ -150,15 +166,15 @@ class CausalConfig:
 
 
 class CausalLanguageModel(GenerationMixin, PretrainedModel):
-    """A decoder-only language model over fused kernels: GPT-2, Llama, and what lies between.
+    """A decoder-only language model over fused kernels: GPT-2, Llama, Mistral, Qwen, and what lies between.
 
     Weights start as GPT-2's: matrices and embeddings from a normal distribution of standard deviation 0.02, those that
     write to the residual stream (``out_proj``, ``linear2``) of 0.02 / sqrt(2 layers), as so many are summed; biases
     zero, norms one.
 
     To train it, compare ``logits[:, :-1]`` with ``input_ids[:, 1:]`` by
-    :func:`fusedformer.transformer.loss.cross_entropy` (or torch's). Hugging Face checkpoints of GPT-2, Llama, Mistral
-    and Qwen2 are read, sliding windows excepted.
+    :func:`fusedformer.transformer.loss.cross_entropy` (or torch's). Hugging Face checkpoints of GPT-2, Llama, Mistral,
+    Qwen2 and Qwen3 are read. Where ``window`` bounds what a query sees, a cache still keeps all that came before.
 
     Args:
         config: what it is made of.
@@ -183,7 +199,8 @@ class CausalLanguageModel(GenerationMixin, PretrainedModel):
         else:
             self.positions = RotaryEmbedding(c.size_of_head, c.rope_theta, c.rope_scaling)
         self.layers = torch.nn.ModuleList(
-            CausalLayer(c, c.dropout if number else c.embedding_dropout) for number in range(c.num_layers)
+            CausalLayer(c, c.dropout if number else c.embedding_dropout, window)
+            for number, window in enumerate(c.windows)
         )
         self.norm = make_norm(c)
         self.output = torch.nn.Linear(c.d_model, c.vocab_size, bias=False)
@@ -213,7 +230,7 @@ class CausalLanguageModel(GenerationMixin, PretrainedModel):
         Args:
             input_ids: (B, L) int64; position i sees those up to i.
             attention_mask: (B, L) bool or int; nonzero takes part, None: all do. Padding may stand on either side:
-                positions count what takes part.
+                positions count what takes part. (Windows count padding too, as Hugging Face's do.)
 
         Returns:
             (B, L, vocab_size), in the dtype of the parameters; of padding whatever comes.

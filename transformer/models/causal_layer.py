@@ -39,17 +39,22 @@ class CausalLayer(torch.nn.Module):
     Args:
         config: of the model.
         input_dropout: probability of dropping an element of ``update`` before it is added, in training.
+        window: keys that a query sees, its own and those before it; None: all.
 
     Source: sections 3.2 and 3.3 of "Attention Is All You Need" (Vaswani et al., 2017); norms in front: "Language Models
-    are Unsupervised Multitask Learners" (Radford et al., 2019), section 2.3; grouped heads: Ainslie et al., 2023.
+    are Unsupervised Multitask Learners" (Radford et al., 2019), section 2.3; grouped heads: Ainslie et al., 2023;
+    windows: "Mistral 7B" (Jiang et al., 2023); norms of query and key: "Qwen3 Technical Report" (Yang et al., 2025).
     """
 
-    def __init__(self, config: CausalConfig, input_dropout: float) -> None:
+    def __init__(self, config: CausalConfig, input_dropout: float, window: int | None = None) -> None:
         super().__init__()
         c = config
         self.nhead, self.num_kv_heads, self.head_dim = c.nhead, c.kv_heads, c.size_of_head
         self.input_dropout, self.dropout, self.attention_dropout = input_dropout, c.dropout, c.attention_dropout
         self.norm1, self.norm2 = make_norm(c), make_norm(c)
+        self.window = None if window is None else (window - 1, 0)  # as ``attention`` takes it
+        self.query_norm = torch.nn.RMSNorm(self.head_dim, c.norm_eps) if c.query_key_norm else None
+        self.key_norm = torch.nn.RMSNorm(self.head_dim, c.norm_eps) if c.query_key_norm else None
         heads = self.nhead + 2 * self.num_kv_heads
         self.in_proj = torch.nn.Linear(c.d_model, heads * self.head_dim, c.attention_bias)
         self.out_proj = torch.nn.Linear(self.nhead * self.head_dim, c.d_model, c.output_bias)
@@ -81,6 +86,7 @@ class CausalLayer(torch.nn.Module):
             True,
             enable_gqa=self.num_kv_heads != self.nhead,
             key_mask=key_mask,
+            window=self.window,
         )
         x, residual = add_norm(self._merge(out), residual, self.norm2, self.dropout if self.training else 0.0)
         return self.feed_forward(x), residual
@@ -97,7 +103,7 @@ class CausalLayer(torch.nn.Module):
         Returns:
             (B, L, d_model).
         """
-        update = self._merge(cache.attend(layer, *self._project(norm(x, self.norm1), rotation)))
+        update = self._merge(cache.attend(layer, *self._project(norm(x, self.norm1), rotation), self.window))
         x, residual = add_norm(update, x, self.norm2, 0.0)
         out: Tensor = self.feed_forward(x, residual)
         return out
@@ -108,6 +114,9 @@ class CausalLayer(torch.nn.Module):
         queries, keys = self.nhead, self.num_kv_heads
         out = linear(x, self.in_proj.weight, self.in_proj.bias)
         out = out.view(batch, length, queries + 2 * keys, self.head_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k, v = out.split_with_sizes([queries, keys, keys], 2)
+            out = torch.cat((norm(q, self.query_norm), norm(k, self.key_norm), v), 2)
         if rotation is None:
             q, k, v = out.transpose(1, 2).split_with_sizes([queries, keys, keys], 1)
             return q, k, v
@@ -159,6 +168,9 @@ def _parts(layer: torch.nn.Module) -> Layer | None:
     activation = name_of(network.activation)
     if activation is None or (network.training and (network.dropout or network.residual_dropout)):
         return None
+    of_heads: list[Any] = [modules.get("query_norm"), modules.get("key_norm")]
+    if of_heads != [None, None] and any(type(x) is not torch.nn.RMSNorm or x.weight is None for x in of_heads):
+        return None
     kinds = set(map(type, norms))
     if kinds not in ({torch.nn.LayerNorm}, {torch.nn.RMSNorm}):
         return None
@@ -167,11 +179,15 @@ def _parts(layer: torch.nn.Module) -> Layer | None:
         linears = parameters(modules["in_proj"], modules["out_proj"])
         hidden = parameters(of_network["linear1"], of_network.get("linear_gate"), of_network["linear2"])
         of_norms = [norm._parameters.get(name) for norm in norms for name in ("weight", "bias")]
+        of_norms += [None, None, *(None if x is None else x._parameters["weight"] for x in of_heads)]
     except KeyError:  # computed when it is asked for, or no parameter
         return None
-    tensors = LayerTensors._make([*linears, None, None, None, None, *hidden, *of_norms, None, None, None, None])
-    eps = (norms[0].eps or 0.0, norms[1].eps or 0.0, 0.0, 0.0, 0.0)
-    return Layer(tensors, eps, -1, layer.nhead, True, torch.nn.LayerNorm in kinds, activation)
+    no_memory = (None,) * 4
+    tensors = LayerTensors._make([*linears, *no_memory, *hidden, *of_norms])
+    first, second, query, key = (0.0 if x is None else x.eps or 0.0 for x in (*norms, *of_heads))
+    eps = (first, second, 0.0, query, key)
+    window = -1 if layer.window is None else layer.window[0]
+    return Layer(tensors, eps, window, layer.nhead, True, torch.nn.LayerNorm in kinds, activation)
 
 
 _STEP = [(name, getattr(CausalLayer, name)) for name in ("decode", "_project", "_merge")]

@@ -26,12 +26,15 @@ LLAMA_OUTER = {"embed_tokens": "embedding", "norm": "norm", "lm_head": "output"}
 LLAMA_LAYER = {
     "input_layernorm": "norm1",
     "self_attn.qkv_proj": "in_proj",
+    "self_attn.q_norm": "query_norm",
+    "self_attn.k_norm": "key_norm",
     "self_attn.o_proj": "out_proj",
     "post_attention_layernorm": "norm2",
     "mlp.gate_proj": "feed_forward.linear_gate",
     "mlp.up_proj": "feed_forward.linear1",
     "mlp.down_proj": "feed_forward.linear2",
 }
+FULL, SLIDING = "full_attention", "sliding_attention"  # what Qwen's "layer_types" may be
 PARTS = ("q_proj", "k_proj", "v_proj")  # of Llama's qkv_proj, which is three matrices
 
 
@@ -69,17 +72,39 @@ def _llama_config(config: Mapping[str, Any]) -> CausalConfig:
 
 
 def _mistral_config(config: Mapping[str, Any]) -> CausalConfig:
-    check_supported(config, {"sliding_window": [None]})
-    return _like_llama(config, False, False, False)
+    check_supported(config, {"layer_types": [None]})
+    return _like_llama(config, False, False, False, window=config.get("sliding_window", 4096))
 
 
 def _qwen2_config(config: Mapping[str, Any]) -> CausalConfig:
-    check_supported(config, {"use_sliding_window": [False]})
-    return _like_llama(config, True, False, False)
+    return _like_llama(config, True, False, False, window=_window(config))
+
+
+def _qwen3_config(config: Mapping[str, Any]) -> CausalConfig:
+    both = config.get("attention_bias", False)
+    config = {"head_dim": 128, **config}
+    return _like_llama(config, both, both, False, window=_window(config), query_key_norm=True)
+
+
+def _window(config: Mapping[str, Any]) -> int | tuple[int | None, ...] | None:
+    """Qwen's windows: of the layers that "layer_types" names, or of those from "max_window_layers" on."""
+    _check_required(config, "num_hidden_layers")
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        full = config.get("max_window_layers", 28)
+        kinds = [FULL if i < full or window is None else SLIDING for i in range(config["num_hidden_layers"])]
+    for kind in kinds:
+        if kind not in (FULL, SLIDING) or (kind == SLIDING and window is None):
+            supported = f"{[FULL, SLIDING]}, the second with a sliding_window and use_sliding_window"
+            raise ValueError(f"layer_types: got {kind!r} in the Hugging Face config, supported: {supported}")
+    windows = tuple(window if kind == SLIDING else None for kind in kinds)
+    same = len(windows) == config["num_hidden_layers"] and len(set(windows)) == 1
+    return windows[0] if same else windows
 
 
 def _like_llama(
-    config: Mapping[str, Any], attention_bias: bool, output_bias: bool, feed_forward_bias: bool
+    config: Mapping[str, Any], attention_bias: bool, output_bias: bool, feed_forward_bias: bool, **others: Any
 ) -> CausalConfig:
     _check_required(
         config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
@@ -103,6 +128,7 @@ def _like_llama(
         feed_forward_bias=feed_forward_bias,
         tie_embeddings=config.get("tie_word_embeddings", False),
         attention_dropout=config.get("attention_dropout", 0.0),
+        **others,
         **_tokens(config),
     )
 
@@ -164,4 +190,5 @@ CONVERTERS = {
     "llama": Converter(_llama_config, _llama_weights),
     "mistral": Converter(_mistral_config, _llama_weights),
     "qwen2": Converter(_qwen2_config, _llama_weights),
+    "qwen3": Converter(_qwen3_config, _llama_weights),
 }
