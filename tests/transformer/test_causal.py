@@ -197,8 +197,9 @@ def test_checkpointed_layers_have_the_same_gradients(style: str) -> None:
         assert_equal_bits(found, expected, name)
 
 
-def test_compiles_whole_with_changing_lengths() -> None:
-    model = build("Llama", torch.float32)
+@pytest.mark.parametrize("style", ["Llama", "Qwen3"])
+def test_compiles_whole_with_changing_lengths(style: str) -> None:
+    model = build(style, torch.float32)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for length in (LENGTH, LENGTH + 4):
         ids, mask = tokens(length), torch.arange(length) >= torch.tensor([[0], [2], [4]])

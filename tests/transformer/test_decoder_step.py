@@ -260,6 +260,10 @@ CHANGES_OF_LANGUAGE_MODELS: dict[str, Callable[[Any], Any]] = {
     "a computed weight of the network": lambda model: parametrize.register_parametrization(
         of_network(model).linear2, "weight", Halved()
     ),
+    "a computed weight of a head's norm": lambda model: parametrize.register_parametrization(
+        model.layers[0].query_norm, "weight", Halved()
+    ),
+    "one head's norm": lambda model: replace(model, key_norm=None),
     "another named activation": lambda model: setattr(of_network(model), "activation", "relu2"),
 }
 
@@ -273,7 +277,7 @@ class Doubled(torch.nn.Module):
 def test_a_language_model_changed_at_any_time_does_as_it_says(
     change: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = language_model("GPT-2", torch.float32)
+    model = language_model("Qwen3" if "head's norm" in change else "GPT-2", torch.float32)
     found: list[Tensor] = []
     with torch.no_grad():
         before = logits_of_steps(model, None)

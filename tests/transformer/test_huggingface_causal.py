@@ -124,7 +124,7 @@ def test_logits_and_gradients_are_theirs(name: str, padding: str, seed: int) -> 
     assert_within_contract(grads, true_grads, eager_grads, "gradients")
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Qwen3, window"])
 @torch.no_grad()
 def test_autocast_is_as_accurate_as_theirs(name: str, seed: int) -> None:
     """Whole, and decoding: the residual stream stays in float32."""

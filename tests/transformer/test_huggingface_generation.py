@@ -1,4 +1,4 @@
-"""``generate`` against Hugging Face's, for a GPT-2 and a BART built small with random weights that both share."""
+"""``generate`` against Hugging Face's, for a GPT-2, a Qwen3 with windows and a BART, small and with random weights."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ def gpt2() -> Pair:
     return shared(transformers.GPT2LMHeadModel(config), CausalLanguageModel)
 
 
+def qwen3() -> Pair:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+    windows: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    config = transformers.Qwen3Config(**TOKENS, **sizes, **windows, num_hidden_layers=2, intermediate_size=48)
+    return shared(transformers.Qwen3ForCausalLM(config), CausalLanguageModel)
+
+
 def bart() -> Pair:
     sides = {
         f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("attention_heads", 4))
@@ -43,7 +50,7 @@ def bart() -> Pair:
     return shared(transformers.BartForConditionalGeneration(config), Seq2SeqTransformer)
 
 
-PAIRS: dict[str, Callable[[], Pair]] = {"GPT-2": gpt2, "BART": bart}
+PAIRS: dict[str, Callable[[], Pair]] = {"GPT-2": gpt2, "Qwen3": qwen3, "BART": bart}
 
 
 @pytest.fixture(params=PAIRS)

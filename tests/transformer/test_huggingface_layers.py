@@ -30,7 +30,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True, "mlp_bias": True},
     "Mistral": {"sliding_window": 5, "head_dim": 8},
     "Qwen2": {},
-    "Qwen3": {"head_dim": 16},
+    "Qwen3": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
 }
 
 

@@ -114,9 +114,10 @@ class CausalLayer(torch.nn.Module):
         queries, keys = self.nhead, self.num_kv_heads
         out = linear(x, self.in_proj.weight, self.in_proj.bias)
         out = out.view(batch, length, queries + 2 * keys, self.head_dim)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k, v = out.split_with_sizes([queries, keys, keys], 2)
-            out = torch.cat((norm(q, self.query_norm), norm(k, self.key_norm), v), 2)
+        norms = self.query_norm, self.key_norm
+        if norms != (None, None):
+            parts = zip(out.split_with_sizes([queries, keys, keys], 2), (*norms, None), strict=True)
+            out = torch.cat([part if of_part is None else norm(part, of_part) for part, of_part in parts], 2)
         if rotation is None:
             q, k, v = out.transpose(1, 2).split_with_sizes([queries, keys, keys], 1)
             return q, k, v
