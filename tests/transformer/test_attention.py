@@ -262,12 +262,21 @@ def test_weights_are_those_the_values_were_multiplied_with() -> None:
     x = torch.randn(3, 20, 8)
     out, weights = module(x, x, x)
     assert weights is not None
-    dropped = (weights == 0).double().mean().item()
-    assert 0.4 < dropped < 0.6
-    value = torch.nn.functional.linear(x, module.in_proj_weight[16:], module.in_proj_bias[16:])
-    expected = module.out_proj(weights @ value)
-    truth = copy.deepcopy(module.out_proj).double()(weights.double() @ value.double())
-    assert_within_contract(out.detach(), truth.detach(), expected.detach())
+    kept = weights != 0
+    assert 0.4 < kept.double().mean().item() < 0.6
+
+    def attend(weights: Tensor) -> Tensor:
+        projections = copy.deepcopy(module).to(weights.dtype)
+        value = torch.nn.functional.linear(
+            x.to(weights.dtype), projections.in_proj_weight[16:], projections.in_proj_bias[16:]
+        )
+        made: Tensor = projections.out_proj(weights @ value)
+        return made.detach()
+
+    exact = copy.deepcopy(module).double().eval()
+    all_weights = exact(*[x.double()] * 3)[1]
+    assert all_weights is not None
+    assert_within_contract(out.detach(), attend(2 * all_weights * kept), attend(weights))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
