@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.common.activations import check_activation
+from ..kernels.common.activations import activation_function, check_activation
 from ..kernels.common.checks import check_probability
 from ..kernels.feed_forward.api import feed_forward
 from .frozen import freeze, unfreeze
+from .linear import is_linear
 
 # Shazeer's names for what gates; each is the activation of the gate.
 GATED_ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
@@ -22,8 +23,8 @@ class FeedForward(torch.nn.Module):
         FFN(x) = dropout(act(x W₁ᵀ + b₁)) W₂ᵀ + b₂,    with a residual: residual + dropout(FFN(x))
 
     Its parameters are ``linear1.weight``, ``linear1.bias``, ``linear2.weight`` and ``linear2.bias``, named, shaped and
-    initialised as in ``torch.nn.TransformerEncoderLayer``. The two linear layers hold them and are not called: hooks on
-    them do not run.
+    initialised as in ``torch.nn.TransformerEncoderLayer``. The two linear layers hold them and are not called, unless
+    one is replaced (by a LoRA adapter, say), quantised, hooked or pruned: then they are, one after the other.
 
     Args:
         d_model: features of input and output.
@@ -80,11 +81,11 @@ class FeedForward(torch.nn.Module):
         Raises:
             ValueError, TypeError: a tensor does not fit the parameters; the message names it.
         """
-        return self._run(input, residual)
+        return self._run(input, residual, None)
 
-    def _run(
-        self, input: Tensor, residual: Tensor | None, gate_weight: Tensor | None = None, gate_bias: Tensor | None = None
-    ) -> Tensor:
+    def _run(self, input: Tensor, residual: Tensor | None, gate: torch.nn.Linear | None) -> Tensor:
+        if not all(is_linear(x) for x in (self.linear1, self.linear2, gate) if x is not None):
+            return self._call(input, residual, gate)
         return feed_forward(
             input,
             self.linear1.weight,
@@ -92,13 +93,22 @@ class FeedForward(torch.nn.Module):
             self.linear1.bias,
             self.linear2.bias,
             activation=self.activation,
-            gate_weight=gate_weight,
-            gate_bias=gate_bias,
+            gate_weight=None if gate is None else gate.weight,
+            gate_bias=None if gate is None else gate.bias,
             dropout_p=self.dropout if self.training else 0.0,
             residual=residual,
             residual_dropout_p=self.residual_dropout if self.training and residual is not None else 0.0,
             recompute=self.recompute,
         )
+
+    def _call(self, input: Tensor, residual: Tensor | None, gate: torch.nn.Linear | None) -> Tensor:
+        """The linear layers one after the other, whatever they are."""
+        activate = activation_function(self.activation)
+        hidden = activate(self.linear1(input)) if gate is None else activate(gate(input)) * self.linear1(input)
+        out: Tensor = self.linear2(torch.nn.functional.dropout(hidden, self.dropout, self.training))
+        if residual is None:
+            return out
+        return residual + torch.nn.functional.dropout(out, self.residual_dropout, self.training)
 
     def freeze(self) -> int:
         """Keeps packed copies of the weights as they are now, on the promise that they stay so until :meth:`unfreeze`.
@@ -169,4 +179,4 @@ class GatedFeedForward(FeedForward):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """As :meth:`FeedForward.forward`."""
-        return self._run(input, residual, self.linear_gate.weight, self.linear_gate.bias)
+        return self._run(input, residual, self.linear_gate)

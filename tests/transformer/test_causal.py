@@ -98,11 +98,11 @@ def test_logits_are_computed_of_the_last_tokens_alone(monkeypatch: pytest.Monkey
     model = build("Llama")
     multiplied = []
 
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
+    def apply_linear(x: Tensor, module: torch.nn.Linear) -> Tensor:
         multiplied.append(tuple(x.shape))
-        return x @ weight.t()
+        return module(x)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(causal, "linear", linear)
+    monkeypatch.setattr(causal, "apply_linear", apply_linear)
     with torch.no_grad():
         model.decode(tokens(), model.new_cache(BATCH, LENGTH))
     assert multiplied == [(BATCH, model.config.d_model)]
@@ -271,3 +271,29 @@ def test_input_is_checked() -> None:
         model(tokens(33))
     with pytest.raises(ValueError, match="capacity: got 33 tokens"):
         model.new_cache(1, 33)
+
+
+class Doubled(torch.nn.Module):
+    """What a library puts in the place of a linear layer; its ``weight`` is that of the layer."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["layers.0.in_proj", "layers.0.out_proj", "layers.1.feed_forward.linear2", "output"])
+def test_a_replaced_linear_layer_is_called_decoding_too(place: str) -> None:
+    model, expected = (build("Llama", torch.float32) for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    holder, name = model.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2]
+    setattr(holder, name, Doubled(getattr(holder, name)))
+    expected.get_parameter(f"{place}.weight").mul_(2)
+    ids = tokens()
+    torch.testing.assert_close(model(ids), expected(ids))
+    cache = model.new_cache(BATCH, LENGTH)
+    model.decode(ids[:, :-1], cache)
+    torch.testing.assert_close(model.decode(ids[:, -1:], cache), expected(ids)[:, -1], rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor
 
 import fusedformer
@@ -293,3 +294,56 @@ def test_a_bad_input_is_named() -> None:
 
 def test_other_modules_know_the_names() -> None:
     assert {"FeedForward", "GatedFeedForward"} <= set(dir(nn))
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with a low-rank adapter, whose ``weight`` is the layer's own, as adapters' libraries have it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+def replaced(module: Any, name: str) -> None:
+    setattr(module, name, Adapted(getattr(module, name)))
+
+
+def hooked(module: Any, name: str) -> None:
+    getattr(module, name).register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def pruned(module: Any, name: str) -> None:
+    torch.nn.utils.prune.l1_unstructured(getattr(module, name), "weight", 0.5)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("change", [replaced, hooked, pruned])
+@pytest.mark.parametrize("name", ["linear1", "linear2", "linear_gate"])
+def test_a_linear_layer_that_does_more_is_called(
+    name: str, change: Callable[[Any, str], None], with_residual: bool, seed: int
+) -> None:
+    theirs, ours = pair("silu", True, gated=True)
+    exact = copy.deepcopy(theirs)
+    for module in (theirs, ours, exact):
+        torch.manual_seed(seed)
+        change(module, name)
+    exact.double()
+    x, grad_out = torch.randn(2, 3, 5, D)
+    expected, found, truth = (run(module, x, with_residual, grad_out) for module in (theirs, ours, exact))
+    assert found.keys() == expected.keys()
+    for key, actual in found.items():
+        assert_within_contract(actual, truth[key], expected[key], key)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...kernels.common.activations import check_activation
 from ...kernels.common.checks import check_probability
-from ...kernels.linear.api import linear
 from ..cache import KVCache
 from ..generation import GenerationMixin
+from ..linear import apply_linear
 from ..positional_encoding import LearnedPositionalEncoding, SinusoidalPositionalEncoding
 from ..rotary import RotaryEmbedding, check_positive, check_scaling
 from .causal_layer import CausalLayer, add_norm, decode_layers, make_norm, norm
@@ -303,7 +303,7 @@ class CausalLanguageModel(GenerationMixin, PretrainedModel):
         return self._logits(norm(last, self.norm))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return linear(x, self.output.weight)
+        return apply_linear(x, self.output)
 
     def _check_length(self, name: str, length: int) -> None:
         if self.config.max_length is not None and length > self.config.max_length:

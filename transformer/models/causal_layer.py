@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ...kernels.attention.api import attention
 from ...kernels.common.activations import name_of
-from ...kernels.linear.api import linear
 from ...kernels.norm.api import dropout_add_layer_norm, dropout_add_rms_norm
 from ..cache import KVCache
 from ..decoder_step import Layer, LayerTensors, decode_at_once, may_decode_at_once, parameters
 from ..feed_forward import FeedForward, GatedFeedForward
+from ..linear import apply_linear
 from ..rotary import rotate
 from ..sublayers import is_overridden, is_plain
 
@@ -33,8 +33,8 @@ class CausalLayer(torch.nn.Module):
     A sum and the norm of it are one fused call. So that this holds across layers too, a layer takes the last sublayer's
     output of the layer below before it is added, and hands on its own like that.
 
-    Its linear layers and norms hold parameters and are not called: hooks on them do not run. ``in_proj`` makes queries,
-    keys and values in one product, its rows the query heads, the key heads and the value heads.
+    Its norms hold parameters and are not called: hooks on them do not run. ``in_proj`` makes queries, keys and values
+    in one product, its rows the query heads, the key heads and the value heads.
 
     Args:
         config: of the model.
@@ -112,7 +112,7 @@ class CausalLayer(torch.nn.Module):
         """Query (B, H, L, D), key and value (B, Hkv, L, D), of one product."""
         batch, length, _ = x.shape
         queries, keys = self.nhead, self.num_kv_heads
-        out = linear(x, self.in_proj.weight, self.in_proj.bias)
+        out = apply_linear(x, self.in_proj)
         out = out.view(batch, length, queries + 2 * keys, self.head_dim)
         norms = self.query_norm, self.key_norm
         if norms != (None, None):
@@ -127,7 +127,7 @@ class CausalLayer(torch.nn.Module):
 
     def _merge(self, out: Tensor) -> Tensor:
         """(B, H, L, D) to (B, L, d_model)."""
-        return linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        return apply_linear(out.transpose(1, 2).flatten(2), self.out_proj)
 
 
 def decode_layers(layers: Iterable[torch.nn.Module], x: Tensor, cache: KVCache, rotation: Rotation) -> Tensor:
@@ -176,9 +176,12 @@ def _parts(layer: torch.nn.Module) -> Layer | None:
     if kinds not in ({torch.nn.LayerNorm}, {torch.nn.RMSNorm}):
         return None
     of_network = network._modules
+    in_proj, out_proj = modules["in_proj"], modules["out_proj"]
+    of_hidden = of_network["linear1"], of_network.get("linear_gate"), of_network["linear2"]
+    if not is_plain(in_proj, out_proj, *of_hidden, types=_LINEAR):
+        return None
     try:
-        linears = parameters(modules["in_proj"], modules["out_proj"])
-        hidden = parameters(of_network["linear1"], of_network.get("linear_gate"), of_network["linear2"])
+        linears, hidden = parameters(in_proj, out_proj), parameters(*of_hidden)
         of_norms = [norm._parameters.get(name) for norm in norms for name in ("weight", "bias")]
         of_norms += [None, None, *(None if x is None else x._parameters["weight"] for x in of_heads)]
     except KeyError:  # computed when it is asked for, or no parameter
@@ -193,6 +196,7 @@ def _parts(layer: torch.nn.Module) -> Layer | None:
 
 _STEP = [(name, getattr(CausalLayer, name)) for name in ("decode", "_project", "_merge")]
 _NETWORKS = frozenset({FeedForward, GatedFeedForward})
+_LINEAR = frozenset({torch.nn.Linear})
 
 
 def make_norm(config: CausalConfig) -> Norm:

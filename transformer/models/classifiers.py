@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.common.checks import check_probability
-from ...kernels.linear.api import linear
+from ..linear import apply_linear
 from .checks import check_choice, check_size
 from .encoder import EncoderConfig, WithEncoder, start
 from .pretrained import Converter
@@ -99,9 +99,9 @@ class SequenceClassifier(WithEncoder):
         """(B, num_labels), the logits; arguments as of :meth:`Encoder.forward`."""
         x = self._pool(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)
         if self.pooler is not None:
-            x = linear(self.pooler_dropout(x), self.pooler.weight, self.pooler.bias)
+            x = apply_linear(self.pooler_dropout(x), self.pooler)
             x = torch.tanh(x) if self.config.pooler == "tanh" else torch.relu(x)
-        return linear(self.dropout(x), self.classifier.weight, self.classifier.bias)
+        return apply_linear(self.dropout(x), self.classifier)
 
     def _pool(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.config.pooling == "first":
@@ -144,4 +144,4 @@ class TokenClassifier(WithEncoder):
     ) -> Tensor:
         """(B, S, num_labels), the logits; arguments as of :meth:`Encoder.forward`."""
         x = self.encode(input_ids, attention_mask, token_type_ids)
-        return linear(self.dropout(x), self.classifier.weight, self.classifier.bias)
+        return apply_linear(self.dropout(x), self.classifier)

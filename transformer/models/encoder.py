@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ...kernels.common.activations import ACTIVATIONS, activation_function
 from ...kernels.common.checks import check_number, check_probability, check_tensor, dtype_name
-from ...kernels.linear.api import linear
 from ..embedding import TokenEmbedding
 from ..encoder import TransformerEncoder, TransformerEncoderLayer
+from ..linear import apply_linear
 from ..positional_encoding import LearnedPositionalEncoding, PositionalEncoding, SinusoidalPositionalEncoding
 from ..sublayers import layer_norm
 from .checks import check_choice, check_like_tokens, check_size, check_token, check_tokens, padding_of
@@ -280,8 +280,8 @@ class _Head(torch.nn.Module):
         self.output = torch.nn.Linear(config.d_model, config.vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(linear(x, self.dense.weight, self.dense.bias))
-        return linear(layer_norm(x, self.norm), self.output.weight, self.output.bias)
+        x = self.activation(apply_linear(x, self.dense))
+        return apply_linear(layer_norm(x, self.norm), self.output)
 
 
 def start(module: torch.nn.Module, std: float) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...kernels.common.activations import ACTIVATIONS, activation_function
 from ...kernels.common.checks import check_number, check_probability
-from ...kernels.linear.api import linear
 from ..cache import KVCache
 from ..decoder import TransformerDecoder, TransformerDecoderLayer
 from ..embedding import TokenEmbedding
 from ..encoder import TransformerEncoder, TransformerEncoderLayer
 from ..generation import GenerationMixin
+from ..linear import apply_linear
 from ..positional_encoding import LearnedPositionalEncoding, PositionalEncoding, SinusoidalPositionalEncoding
 from .checks import check_choice, check_size, check_token, check_tokens, padding_of
 from .pretrained import Converter, PretrainedModel
@@ -250,7 +250,7 @@ class Seq2SeqTransformer(GenerationMixin, PretrainedModel):
         return self._logits(last)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return linear(x, self.output.weight, self.output.bias)
+        return apply_linear(x, self.output)
 
 
 class _Input(torch.nn.Module):
