@@ -33,7 +33,7 @@ MULTIPLIED = (MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLay
 NOTED: dict[type[torch.nn.Module], str] = {TransformerEncoder: "; padding rows are not 0 in eval mode"}
 
 # What a changed module was before, kept on the module itself: its attributes, and a Hugging Face model's attention.
-_BEFORE, _HUGGINGFACE = "_fusedformer_before", "attention implementation"
+_BEFORE, _MADE, _HUGGINGFACE = "_fusedformer_before", "_fusedformer_made", "attention implementation"
 SWAPPED, SET, LEFT = "swapped", "set", "left"
 
 
@@ -142,7 +142,15 @@ def unfuse(model: torch.nn.Module) -> None:
     """Puts back what :func:`fuse` swapped in this model: classes, flags and Hugging Face's attention implementation.
 
     Packed copies of frozen weights are dropped.
+
+    Raises:
+        RuntimeError: a module has been given another class since (as parametrizations and FSDP do), which putting back
+            its own would undo in part; nothing has been changed.
     """
+    for name, module in model.named_modules():
+        found, made = _name_of(type(module)), module.__dict__.get(_MADE)
+        if made not in (None, found):
+            raise RuntimeError(f"{name or 'model'}: got {found}, expected {made}, as fuse left it: undo that first")
     for module in model.modules():
         _restore(module)
     unfreeze(model)
@@ -237,10 +245,18 @@ def _huggingface() -> Any:
 
 def _change(module: torch.nn.Module, name: str, value: Any) -> None:
     module.__dict__.setdefault(_BEFORE, {})[name] = getattr(module, name)
+    if name == "__class__":
+        module.__dict__[_MADE] = _name_of(value)
     setattr(module, name, value)
 
 
+def _name_of(of: type) -> str:
+    """A class that is made on the way has no other that a file could hold."""
+    return f"{of.__module__}.{of.__qualname__}"
+
+
 def _restore(module: torch.nn.Module) -> None:
+    module.__dict__.pop(_MADE, None)
     for name, value in module.__dict__.pop(_BEFORE, {}).items():
         if name == _HUGGINGFACE:
             _huggingface().choose(module, value)

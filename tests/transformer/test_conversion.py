@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import fusedformer
 from fusedformer import nn
@@ -187,6 +188,25 @@ def test_fusing_twice_and_unfusing_twice_is_harmless() -> None:
     fusedformer.unfuse(model)
     fusedformer.unfuse(model)
     assert structure(model) == before
+
+
+class Halved(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_what_has_been_given_another_class_since_is_not_half_undone() -> None:
+    model = encoder()
+    fusedformer.fuse(model)
+    attention, x = model.layers[1].self_attn, torch.randn(2, 5, 32)
+    parametrize.register_parametrization(attention, "in_proj_weight", Halved())
+    expected = model(x)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn: got .*Parametrized.*, expected .*\.MultiheadA"):
+        fusedformer.unfuse(model)
+    assert_equal_bits(model(x).detach(), expected.detach())  # nothing has been changed
+    parametrize.remove_parametrizations(attention, "in_proj_weight", leave_parametrized=False)
+    fusedformer.unfuse(model)
+    assert type(attention) is torch.nn.MultiheadAttention
 
 
 def test_a_copy_of_a_fused_model_is_unfused_alone() -> None:
