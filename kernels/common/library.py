@@ -82,3 +82,8 @@ def distinct(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     for x in tensors:
         apart.append(x.view_as(x) if x is not None and any(x is other for other in apart) else x)
     return tuple(apart)
+
+
+def reshaped(result: Tensor, shape: Sequence[int]) -> Tensor:
+    """An operator's result, which nobody else holds, in another shape, and no view: on a view FSDP's hooks get lost."""
+    return torch.ops.aten._unsafe_view.default(result, shape)  # type: ignore[no-any-return]

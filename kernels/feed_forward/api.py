@@ -14,6 +14,7 @@ from ..common.activations import ACTIVATIONS, Function, name_of
 from ..common.autocast import autocast
 from ..common.backend import Candidate, is_free_to, select
 from ..common.cuda import ABSENT
+from ..common.library import reshaped
 from . import native_cpu, op, reference, torch_feed_forward, triton_support
 from .problem import FeedForwardProblem, canonical
 
@@ -109,7 +110,7 @@ def feed_forward(
         seed,
     )
     out = _run(select("feed_forward", CANDIDATES, problem, backend), problem)
-    return out if input.dim() == 2 else out.view(*input.shape[:-1], weight2.size(0))
+    return out if input.dim() == 2 else reshaped(out, (*input.shape[:-1], weight2.size(0)))
 
 
 def _run(backend: str, problem: FeedForwardProblem) -> Tensor:

@@ -13,6 +13,7 @@ from ..common import native
 from ..common.autocast import autocast
 from ..common.backend import Candidate, is_free_to, select
 from ..common.cuda import ABSENT
+from ..common.library import reshaped
 from . import native_cpu, op, reference, torch_linear, triton_support
 from .problem import canonical
 
@@ -65,4 +66,4 @@ def linear(
         out = reference.linear(*problem[:3])
     else:
         out = op.linear(problem, chosen)
-    return out if input.dim() == 2 else out.view(*input.shape[:-1], weight.size(0))
+    return out if input.dim() == 2 else reshaped(out, (*input.shape[:-1], weight.size(0)))

@@ -165,3 +165,13 @@ def _train(rank: int, folder: str) -> None:
 def test_trains_in_two_processes(tmp_path: Path) -> None:
     spawn(_train, (str(tmp_path),), nprocs=2)
     assert {path.name for path in tmp_path.glob("done*")} == {"done0", "done1"}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_result_is_no_view(norm_first: bool) -> None:
+    """Of which FSDP warns: its hooks on a view are lost where something is written into it in place."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+    for module in (layer, nn.FeedForward(16, 32), nn.MultiheadAttention(16, 2)):
+        x = torch.randn(2, 3, 16, requires_grad=True)
+        out = module(x, x, x)[0] if isinstance(module, nn.MultiheadAttention) else module(x)
+        assert out._base is None
