@@ -8,8 +8,9 @@ tensor: the largest element (no element is far off) and the root mean square (mo
 truth's magnitude in that norm. Per element it could not be sound: eager hits single elements exactly by luck. So it may
 a whole tensor, where one row's cancellation makes up the error; so eager may be computed several times, its sums in
 other orders, and the worst counts. And so may a tensor of few numbers: what violates the contract in one draw of the
-inputs is judged on ``DRAWS`` of them, or as many as have ``NUMBERS`` numbers, that one included, as one tensor
-(``conftest.py`` runs the test on them). What is wrong by more than luck stays wrong; no draw is discarded.
+inputs is judged on ``DRAWS`` of them, or as many as have ``NUMBERS`` numbers, that one included, by each norm's root
+mean square over them (``conftest.py`` runs the test on them): the largest of all would be that draw's again, whatever
+the others say. What is wrong by more than luck stays wrong; no draw is discarded.
 """
 
 from __future__ import annotations
@@ -28,11 +29,6 @@ DRAWS, NUMBERS = 8, 64
 NORMS: dict[str, Callable[[Tensor], float]] = {
     "largest": lambda x: x.abs().max().item(),
     "root mean square": lambda x: x.square().mean().sqrt().item(),
-}
-# The norm of several tensors of one size as one, from the norm of each.
-NORM_OF_ALL: dict[str, Callable[[Sequence[float]], float]] = {
-    "largest": max,
-    "root mean square": lambda norms: math.sqrt(sum(x * x for x in norms) / len(norms)),
 }
 
 
@@ -72,7 +68,7 @@ class Measurement:
 
 @dataclass
 class Draws:
-    """What several runs of one test measured, each on numbers of its own; judged as if they were one run's."""
+    """What several runs of one test measured, each on numbers of its own; judged by their root mean square."""
 
     runs: list[list[Measurement]] = field(default_factory=list)
 
@@ -94,9 +90,9 @@ class Draws:
             first = same[0]
             names = {(one.what, one.norm, one.eps) for one in same}
             assert len(names) == 1, f"the draws of one test measure different things: {names}"
-            of_all = NORM_OF_ALL[first.norm]
             error, eager_error, magnitude = (
-                of_all([getattr(one, name) for one in same]) for name in ("error", "eager_error", "magnitude")
+                math.sqrt(sum(getattr(one, name) ** 2 for one in same) / len(same))
+                for name in ("error", "eager_error", "magnitude")
             )
             together = Measurement(first.what, first.norm, error, eager_error, magnitude, first.eps, first.count)
             together.judge(f" in {len(same)} draws together")

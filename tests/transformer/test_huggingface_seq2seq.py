@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from fusedformer.transformer.models import Seq2SeqTransformer
 from fusedformer.transformer.models.huggingface_seq2seq import CONVERTERS
 from fusedformer.transformer.models.seq2seq import shift_right
-from tests.tolerances import assert_equal_bits, assert_within_contract
+from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
+from tests.transformer.reordering import Reordering
 
 transformers = pytest.importorskip("transformers")
 VOCABULARY = 41
@@ -28,6 +30,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 17,
     "init_std": 0.1,
 }
+FEATURES = ("d_model", "encoder_attention_heads", "encoder_ffn_dim")
 BART: dict[str, Any] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
 MARIAN: dict[str, Any] = {
     "pad_token_id": 40,
@@ -82,24 +85,33 @@ def test_logits_and_gradients_are_theirs(kind: str, options: dict[str, Any], see
     grad_out = torch.randn(3, 7, VOCABULARY)
     weights = CONVERTERS[kind.lower()].weights
 
-    def run(dtype: torch.dtype, attention: str, order: Tensor) -> dict[str, Tensor]:
-        theirs.set_attn_implementation(attention)
-        logits = theirs.to(dtype)(**{name: x[order] for name, x in inputs.items()}).logits
-        logits.backward(grad_out[order].to(dtype))
-        grads = {name: x.grad for name, x in theirs.named_parameters() if x.grad is not None}
-        theirs.zero_grad()
-        return {"logits": logits.detach()[order.argsort()], **weights(grads, ours.config)}
+    def run(model: Any, order: Tensor) -> dict[str, Tensor]:
+        logits = model(**{name: x[order] for name, x in inputs.items()}).logits
+        logits.backward(grad_out[order].to(model.dtype))
+        grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+        return {"logits": logits.detach()[order.argsort()], **grads}
 
-    # The same sums in several orders.
-    orders = [torch.tensor(order) for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
-    eager = [run(torch.float32, attention, order) for attention in ("eager", "sdpa") for order in orders]
-    truth = run(torch.float64, "eager", orders[0])
+    def named_as_ours(results: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logits": results.pop("logits"), **weights(results, ours.config)}
+
+    def reordered(attention: str) -> dict[str, Tensor]:
+        """The same sums in another order."""
+        model, features = copy.deepcopy(theirs), Reordering(*(SIZES[name] for name in FEATURES))
+        model.set_attn_implementation(attention)
+        features.model(model)
+        results = run(model, torch.randperm(3))
+        return named_as_ours({name: features.undone(x) for name, x in results.items()})
+
+    eager = [reordered(attention) for attention in ("eager", "sdpa") for _ in range(4)]
+    truth = named_as_ours(run(copy.deepcopy(theirs).double(), torch.arange(3)))
     logits = ours(**inputs)
     logits.backward(grad_out)
     found = {"logits": logits, **{name: x.grad for name, x in ours.named_parameters()}}
     assert set(truth) == set(found) - {"output.bias"}  # a buffer in theirs
     for name, expected in truth.items():
         assert found[name] is not None, name
+        for attempt in eager:
+            assert_no_mistake(attempt[name], expected, f"reordered {name}")
         assert_within_contract(found[name], expected, [attempt[name] for attempt in eager], name)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from fusedformer import nn
 from fusedformer.transformer.models import Seq2SeqConfig, Seq2SeqTransformer
 from fusedformer.transformer.models.seq2seq import shift_right
-from tests.tolerances import assert_equal_bits, assert_within_contract
+from tests.tolerances import assert_equal_bits, assert_no_mistake, assert_within_contract
+from tests.transformer.reordering import Reordering
 
 VOCABULARY = 29
 SMALL = {"d_model": 24, "nhead": 3, "num_encoder_layers": 2, "num_decoder_layers": 2, "dim_feedforward": 40}
@@ -75,6 +76,10 @@ class Stock(torch.nn.Module):
         self.output.load_state_dict(ours.output.state_dict())
         if c.tie_embeddings:
             self.output.weight = self.embedding.weight
+        # Section 3.5.
+        angles = torch.arange(9)[:, None].double() / 10000 ** (torch.arange(0, c.d_model, 2).double() / c.d_model)
+        encoding = torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
+        self.register_buffer("encoding", encoding)
 
     def forward(
         self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor, decoder_attention_mask: Tensor
@@ -91,13 +96,8 @@ class Stock(torch.nn.Module):
         return self.output(out)  # type: ignore[no-any-return]
 
     def _embed(self, ids: Tensor) -> Tensor:
-        """Equations of sections 3.4 and 3.5."""
         x: Tensor = self.embedding(ids)
-        d = x.size(2)
-        angles = torch.arange(x.size(1))[:, None].double() / 10000 ** (torch.arange(0, d, 2).double() / d)
-        encoding = torch.zeros(x.shape[1:], dtype=torch.float64)
-        encoding[:, 0::2], encoding[:, 1::2] = angles.sin(), angles.cos()
-        return x * math.sqrt(d) + encoding.to(x.dtype)
+        return x * math.sqrt(x.size(2)) + self.encoding[: x.size(1)].to(x.dtype)
 
 
 @pytest.mark.parametrize("kind", ["paper", "pre-norm"])
@@ -111,19 +111,24 @@ def test_logits_and_gradients_are_torchs(kind: str, seed: int) -> None:
         grads = torch.autograd.grad(logits, list(model.parameters()), grad_out[order].to(dtype))
         return [logits.detach()[order.argsort()], *grads]
 
+    def reordered() -> list[Tensor]:
+        """The same sums in another order."""
+        model, features = Stock(ours), Reordering(*(SMALL[name] for name in ("d_model", "nhead", "dim_feedforward")))
+        features.model(model)
+        return [features.undone(x) for x in run(model, torch.float32, torch.randperm(3))]
+
     stock = Stock(ours)
     names = [name.removeprefix("transformer.") for name, _ in stock.named_parameters()]
-    # The same sums in several orders.
-    orders = [torch.tensor(order) for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
-    eager = [run(stock, torch.float32, order) for order in orders]
-    truth = run(stock, torch.float64, orders[0])
-    logits = ours(**inputs)
-    assert_within_contract(logits, truth[0], [attempt[0] for attempt in eager], "logits")
+    eager = [reordered() for _ in range(6)]
+    truth = run(stock, torch.float64, torch.arange(3))
     parameters = dict(ours.named_parameters())
     assert set(parameters) == set(names)
-    grads = torch.autograd.grad(logits, [parameters[name] for name in names], grad_out)
-    for name, grad, *others in zip(names, grads, truth[1:], *(attempt[1:] for attempt in eager), strict=True):
-        assert_within_contract(grad, others[0], others[1:], name)
+    logits = ours(**inputs)
+    found = [logits.detach(), *torch.autograd.grad(logits, [parameters[name] for name in names], grad_out)]
+    for name, x, expected, *attempts in zip(["logits", *names], found, truth, *eager, strict=True):
+        for attempt in attempts:
+            assert_no_mistake(attempt, expected, f"reordered {name}")
+        assert_within_contract(x, expected, attempts, name)
 
 
 @pytest.mark.parametrize("page", [None, 4], ids=["whole", "paged"])
