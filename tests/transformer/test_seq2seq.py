@@ -58,6 +58,8 @@ def test_papers_models_have_the_papers_size(size: str, count: int, papers: float
 class Stock(torch.nn.Module):
     """The same model put together from torch.nn, with the weights of ours."""
 
+    encoding: Tensor
+
     def __init__(self, ours: Seq2SeqTransformer) -> None:
         super().__init__()
         c = ours.config
