@@ -15,6 +15,7 @@ from .timing import Subject, measure, stopwatch_for, summary
 
 BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192}
+BFLOAT16_UNITS = {"amx": ("amx",), "avx512_bf16": ("dot",)}  # of a level of the native kernels, beside FMA
 NATIVE = "cpu"  # the backend whose units and levels these are
 
 
@@ -26,8 +27,8 @@ class Ceilings:
         bandwidth: bytes copied, read and written.
         matmul: floating-point operations of torch's matrix product, by dtype name.
         level: the instruction set level of the native kernels; "" without them.
-        units: floating-point operations by unit: "FMA" (float32, in registers), "AMX" (bfloat16, from the first
-            cache). Of the native kernels' level; empty without them.
+        units: floating-point operations by unit: "FMA" (float32, in registers), "DOT" (bfloat16 in pairs, in
+            registers), "AMX" (bfloat16, from the first cache). Of the native kernels' level; empty without them.
         read: bytes that the native kernels' vectors read of the buffer that ``bandwidth`` copies.
     """
 
@@ -91,7 +92,9 @@ def native_level() -> str:
 
 
 def _units(level: str) -> tuple[str, ...]:
-    return ("amx", "fma") if level == "amx" else ("fma",) if level else ()
+    if not level:
+        return ()
+    return ("fma", *BFLOAT16_UNITS.get(level, ()))
 
 
 def _operators() -> Any:

@@ -165,7 +165,7 @@ def test_ceilings_are_measured() -> None:
         assert (found.level, found.units, found.read) == ("", {}, None)
         return
     assert found.level == native.level()
-    assert found.units.keys() == ({"AMX", "FMA"} if found.level == "amx" else {"FMA"})
+    assert found.units.keys() == {"FMA", *(unit.upper() for unit in ceilings.BFLOAT16_UNITS.get(found.level, ()))}
     assert found.read is not None
 
 
@@ -177,13 +177,15 @@ def test_native_ceilings_are_those_of_a_processor() -> None:
                 with native.use_level(level):
                     rate = torch.ops.fusedformer_native.cpu_ceiling
                     assert 1e9 < rate("fma", 0) < 1e12, level
+                    for unit in ceilings.BFLOAT16_UNITS.get(level, ()):
+                        assert 1e9 < rate(unit, 0) < 1e14, level
                     assert 1e9 < rate("read", 1 << 20) < 1e13, level
                     assert rate("read", 64) > 0.0, level  # less than any loop reads at once
 
 
 @NEEDS_EXTENSION
 def test_a_ceiling_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="kind: got nonsense, expected one of fma, amx, read"):
+    with pytest.raises(ValueError, match="kind: got nonsense, expected one of fma, dot, amx, read"):
         torch.ops.fusedformer_native.cpu_ceiling("nonsense", 0)
     with native.use_level("portable"), pytest.raises(ValueError, match="level portable"):
         torch.ops.fusedformer_native.cpu_ceiling("amx", 0)

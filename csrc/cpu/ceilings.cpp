@@ -1,5 +1,5 @@
-// What this machine reaches at best on as many threads as torch uses: FLOP/s of multiply-add or of tile products,
-// bytes/s read from a working set.
+// What this machine reaches at best on as many threads as torch uses: FLOP/s of multiply-add, of dot products of
+// pairs or of tile products, bytes/s read from a working set.
 #include <torch/csrc/stable/library.h>
 
 #include <chrono>
@@ -35,9 +35,10 @@ struct Measurement {
 
 Ceiling kind_of(const std::string& name) {
     if (name == "fma") return Ceiling::fma;
+    if (name == "dot") return Ceiling::dot;
     if (name == "amx") return Ceiling::amx;
     if (name == "read") return Ceiling::read;
-    throw std::invalid_argument("kind: got " + name + ", expected one of fma, amx, read");
+    throw std::invalid_argument("kind: got " + name + ", expected one of fma, dot, amx, read");
 }
 
 // Pairs of bfloat16 numbers in [1, 2) of either sign: as float32 they are just as ordinary.

@@ -35,7 +35,25 @@ inline double read_all(const float* data, int64_t bytes, int64_t rounds) {
     return static_cast<double>(count) * sizeof(float) * static_cast<double>(rounds);
 }
 
-#if defined(FF_AMX) && !defined(FF_EMULATE_TILES)
+#if defined(FF_AVX512_BF16) && !defined(FF_EMULATE)
+#define FF_MEASURES_DOTS
+
+// Dot products of pairs of bfloat16 in registers alone; returns how many multiplications and additions.
+inline double multiply_pairs(const float* data, int64_t rounds) {
+    constexpr int CHAINS = 12;
+    const auto* numbers = reinterpret_cast<const BFloat16*>(data);
+    const Words left = load_words(numbers), right = load_words(numbers + 2 * WIDTH);
+    Floats sums[CHAINS] = {};
+    for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) sums[i] = add_dot(sums[i], left, right);
+    asm volatile("" : : "m"(sums));
+    return 4.0 * CHAINS * WIDTH * static_cast<double>(rounds);
+}
+
+#endif
+
+#if defined(FF_AMX) && !defined(FF_EMULATE)
 #define FF_MEASURES_TILES
 
 // bfloat16 products of tiles: two by two of them from the first cache, as a matrix product would; returns how many
@@ -71,6 +89,10 @@ inline double measure_ceiling(Ceiling kind, const void* data, int64_t bytes, int
             return multiply_and_add(floats, rounds);
         case Ceiling::read:
             return read_all(floats, bytes, rounds);
+#ifdef FF_MEASURES_DOTS
+        case Ceiling::dot:
+            return multiply_pairs(floats, rounds);
+#endif
 #ifdef FF_MEASURES_TILES
         case Ceiling::amx:
             return multiply_tiles(data, rounds);

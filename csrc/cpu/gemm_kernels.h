@@ -4,8 +4,10 @@
 #include "feed_forward.h"
 #include "gemm_fma.h"
 #include "linear.h"
-#ifdef FF_AMX
+#if defined(FF_AMX)
 #include "gemm_amx.h"
+#elif defined(FF_AVX512_BF16)
+#include "gemm_dot.h"
 #endif
 
 namespace fusedformer::FF_LEVEL {
@@ -15,7 +17,17 @@ template <class S>
 using GemmEngine = GemmAmx<S>;
 #else
 template <class S>
-using GemmEngine = GemmFma<S>;
+struct GemmEngineFor {
+    using Type = GemmFma<S>;
+};
+#ifdef FF_AVX512_BF16
+template <>
+struct GemmEngineFor<BFloat16> {
+    using Type = GemmDot;
+};
+#endif
+template <class S>
+using GemmEngine = typename GemmEngineFor<S>::Type;
 #endif
 
 template <class Body>

@@ -11,9 +11,11 @@
 #include "norm.h"
 #include "problem.h"
 #include "rotary.h"
-#ifdef FF_AMX
+#if defined(FF_AMX)
 #include "amx_engine.h"
 #include "range.h"
+#elif defined(FF_AVX512_BF16)
+#include "dot_engine.h"
 #endif
 
 namespace fusedformer::FF_LEVEL {
@@ -37,7 +39,17 @@ inline bool takes(const Problem& p, const Rows* grad_out, const Runtime& runtime
 #else
 
 template <class S>
-using Engine = FmaEngine<S>;
+struct EngineFor {
+    using Type = FmaEngine<S>;
+};
+#ifdef FF_AVX512_BF16
+template <>
+struct EngineFor<BFloat16> {
+    using Type = DotEngine;
+};
+#endif
+template <class S>
+using Engine = typename EngineFor<S>::Type;
 
 inline bool takes(const Problem&, const Rows*, const Runtime&) { return true; }
 

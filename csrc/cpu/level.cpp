@@ -12,6 +12,9 @@ namespace fusedformer {
 namespace amx {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -23,6 +26,9 @@ extern const Kernels kernels;
 }
 #ifdef FUSEDFORMER_EMULATED
 namespace emulated {
+extern const Kernels kernels;
+}
+namespace emulated_bf16 {
 extern const Kernels kernels;
 }
 #endif
@@ -50,13 +56,18 @@ std::string avx512_refusal() {
     return "";
 }
 
-std::string amx_refusal() {
+std::string avx512_bf16_refusal() {
     if (auto refusal = avx512_refusal(); !refusal.empty()) return refusal;
+    unsigned a = 0, b, c, d;
+    return missing(__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16) != 0, "AVX512-BF16");
+}
+
+std::string amx_refusal() {
+    if (auto refusal = avx512_bf16_refusal(); !refusal.empty()) return refusal;
     unsigned a, b, c, d = 0;
     constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX_BF16) == 0 || (d & AMX_TILE) == 0)
         return missing(false, "AMX-BF16");
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & bit_AVX512BF16) == 0) return missing(false, "AVX512-BF16");
     // Tile state is large, so Linux grants it to a process only on request.
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0)
@@ -72,11 +83,13 @@ const std::vector<Level>& levels() {
     static const std::vector<Level> all = [] {
         __builtin_cpu_init();
         std::vector<Level> found = {{&amx::kernels, amx_refusal()},
+                                    {&avx512_bf16::kernels, avx512_bf16_refusal()},
                                     {&avx512::kernels, avx512_refusal()},
                                     {&avx2::kernels, avx2_refusal()},
                                     {&portable::kernels, ""}};
 #ifdef FUSEDFORMER_EMULATED
         found.push_back({&emulated::kernels, avx2_refusal()});
+        found.push_back({&emulated_bf16::kernels, avx2_refusal()});
 #endif
         return found;
     }();

@@ -86,7 +86,7 @@ struct Runtime {
 };
 
 // What the benchmark holds the kernels against; see ceilings.h.
-enum class Ceiling : int32_t { fma, amx, read };
+enum class Ceiling : int32_t { fma, dot, amx, read };
 
 struct DecodeProblem;  // decode_problem.h
 struct DecodeResults;

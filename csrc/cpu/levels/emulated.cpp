@@ -5,6 +5,6 @@
 #define FF_LEVEL emulated
 #define FF_WIDTH 16
 #define FF_AMX
-#define FF_EMULATE_TILES
+#define FF_EMULATE
 #include "../kernels.h"
 #endif

@@ -1,15 +1,15 @@
-// The tile unit (AMX): eight registers of 16 rows of 64 bytes, numbered by constants. Where FF_EMULATE_TILES is defined
+// The tile unit (AMX): eight registers of 16 rows of 64 bytes, numbered by constants. Where FF_EMULATE is defined
 // the same operations are plain code, so that everything built on them is tested on any machine.
 #pragma once
 
-#include "vector.h"
+#include "pairs.h"
 
 namespace fusedformer::FF_LEVEL {
 
 constexpr int TILE_ROWS = 16;   // also the columns of float32
 constexpr int TILE_DEPTH = 32;  // bfloat16 numbers in a row
 
-#ifdef FF_EMULATE_TILES
+#ifdef FF_EMULATE
 
 struct TileRegisters {
     alignas(64) uint8_t bytes[8][1024];
@@ -17,8 +17,6 @@ struct TileRegisters {
 inline thread_local TileRegisters tile_registers;
 
 struct TileSession {};
-
-FF_INLINE Halves to_bfloat16(Floats x) { return narrow(BFloat16{}, x); }
 
 inline void tile_load(int tile, const void* from, int64_t stride) {
     for (int row = 0; row < TILE_ROWS; row++)
@@ -32,24 +30,14 @@ inline void tile_store(int tile, void* to, int64_t stride) {
 
 inline void tile_zero(int tile) { __builtin_memset(tile_registers.bytes[tile], 0, 1024); }
 
-// As the unit does, denormal factors count as 0.
-inline float tile_factor(uint16_t bits) {
-    float x;
-    const uint32_t wide = static_cast<uint32_t>((bits & 0x7f80) == 0 ? bits & 0x8000 : bits) << 16;
-    __builtin_memcpy(&x, &wide, sizeof x);
-    return x;
-}
-
 inline void tile_multiply(int c, int a, int b) {
     auto* sums = reinterpret_cast<float*>(tile_registers.bytes[c]);
-    const auto* left = reinterpret_cast<const uint16_t*>(tile_registers.bytes[a]);
-    const auto* right = reinterpret_cast<const uint16_t*>(tile_registers.bytes[b]);
-    float factors[TILE_DEPTH / 2][2][TILE_ROWS];
-    for (int k = 0; k < TILE_DEPTH; k++)
-        for (int n = 0; n < TILE_ROWS; n++) factors[k / 2][k % 2][n] = tile_factor(right[k / 2 * 32 + 2 * n + k % 2]);
+    const auto* left = reinterpret_cast<const BFloat16*>(tile_registers.bytes[a]);
+    const auto* right = reinterpret_cast<const BFloat16*>(tile_registers.bytes[b]);
     for (int m = 0; m < TILE_ROWS; m++) {
         Floats row = load(sums + m * TILE_ROWS);
-        for (int k = 0; k < TILE_DEPTH; k++) row += load(factors[k / 2][k % 2]) * tile_factor(left[m * TILE_DEPTH + k]);
+        for (int k = 0; k < TILE_DEPTH; k += 2)
+            row = add_dot(row, broadcast_word(left + m * TILE_DEPTH + k), load_words(right + k * TILE_ROWS));
         store(sums + m * TILE_ROWS, row);
     }
 }
@@ -61,13 +49,6 @@ inline void tile_multiply(int c, int a, int b) {
 #define FF_TILE_MULTIPLY(c, a, b) tile_multiply(c, a, b)
 
 #else
-
-// Rounds to nearest; denormals become 0, as the tile unit would take them.
-FF_INLINE Halves to_bfloat16(Floats x) {
-    Halves h;
-    asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(x));
-    return h;
-}
 
 // In assembly, whose numbers of registers are part of the instruction. While a session lives, the calling thread's
 // tiles have their full shape; then they are released, so that the operating system has no tile state to save.

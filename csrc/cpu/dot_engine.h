@@ -1,0 +1,143 @@
+// Products of small blocks of bfloat16 by dot products of pairs (AVX512-BF16), added in float32. The interface is that
+// of fma_engine.h.
+#pragma once
+
+#include "paired_operands.h"
+
+namespace fusedformer::FF_LEVEL {
+
+struct DotEngine : PairedOperands<BFloat16, 2> {
+    struct Session {};
+
+    static constexpr int ROWS = 12;  // times two vectors: accumulators that fill the registers
+    static constexpr int ROW_MULTIPLE = 1;
+    static constexpr int BLOCK_Q = 48, BLOCK_K = 64;
+    static constexpr int SHORT = 256, SHORT_BLOCK_Q = 24;
+    static constexpr int BACKWARD_BLOCK_Q = 48;
+    static constexpr int CHUNK_Q = 512;
+    static constexpr int CACHE = 256 << 10;
+
+    struct Left {
+        const BFloat16* data;
+        int64_t row, pair;  // strides: of a row, of two columns
+    };
+
+    // ---- the left operand
+
+    static int64_t left_size(int64_t m, int64_t k) { return round_up(m, WIDTH) * round_up(k, 2 * WIDTH); }
+
+    static Left left(const Scalar* source, int64_t stride, int64_t m, int64_t k, Packed* buffer) {
+        const int64_t width = round_up(k, 2 * WIDTH);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < k; j += 2 * WIDTH)
+                store_words(buffer + i * width + j, load_some_words(source + i * stride + j, k - j));
+        return {buffer, width, 2};
+    }
+
+    // The transpose (k x m) of the source (m x k): of two rows, the numbers of a column side by side.
+    static Left left_transposed(Left, const Scalar* source, int64_t stride, int64_t m, int64_t k, Packed* buffer) {
+        const int64_t width = 2 * round_up(k, WIDTH);
+        for (int64_t i = 0; i < m; i += 2, source += 2 * stride)
+            for (int64_t j = 0; j < k; j += WIDTH)
+                pair_rows<false>(buffer + i / 2 * width + 2 * j, 0, load_some(source + j, k - j),
+                                 i + 1 < m ? load_some(source + stride + j, k - j) : Floats{});
+        return {buffer, 2, width};
+    }
+
+    // ---- operands that the kernels compute
+
+    static Left left_of(const Packed* a, int64_t, int64_t width) { return {a, width, 2}; }
+
+    static void clear_right(Packed*, int64_t, int64_t, int64_t) {}  // no row is read but those that were put
+
+    // ---- the product
+
+    static void multiply(float* c, int64_t stride, Left a, const Packed* b, int64_t depth, int64_t m, int64_t n,
+                         int64_t k, bool accumulate) {
+        product<true>(c, stride, a, b, depth, m, n, k, accumulate);
+    }
+
+    static void multiply_packed(float* c, int64_t stride, Left a, const Packed* b, int64_t depth, int64_t m, int64_t n,
+                                int64_t k, bool accumulate) {
+        product<true>(c, stride, a, b, depth, m, n, k, accumulate);
+    }
+
+  protected:
+    // Few rows leave registers for sums of every other or every fourth term: where it SPLITS, these wait less for each
+    // other, but a row's bits depend on how many follow it.
+    template <bool SPLITS>
+    static void product(float* c, int64_t stride, Left a, const Packed* b, int64_t depth, int64_t m, int64_t n,
+                        int64_t k, bool accumulate) {
+        depth = round_up(depth, DEPTH);
+        const int64_t pairs = (k + 1) / 2;
+        for (int64_t j = 0; j < n; j += PANEL) {
+            const Packed* panel = b + j * depth;
+            int64_t i = 0;
+            for (; i + ROWS <= m; i += ROWS) block<ROWS, 1>(c + i * stride + j, stride, a, i, panel, pairs, accumulate);
+            rest<ROWS - 1, SPLITS>(m - i, c + i * stride + j, stride, a, i, panel, pairs, accumulate);
+        }
+    }
+
+  private:
+    template <int M, bool SPLITS>
+    static void rest(int64_t m, float* c, int64_t stride, Left a, int64_t i, const Packed* panel, int64_t pairs,
+                     bool accumulate) {
+        if constexpr (M > 0) {
+            if (m == M)
+                block<M, SPLITS ? SPLIT<M> : 1>(c, stride, a, i, panel, pairs, accumulate);
+            else
+                rest<M - 1, SPLITS>(m, c, stride, a, i, panel, pairs, accumulate);
+        }
+    }
+
+    template <int M>
+    static FF_INLINE void add(Floats (*sums)[2], const BFloat16* a, int64_t row, const Packed* panel) {
+        const Words right = load_words(panel), more = load_words(panel + 2 * WIDTH);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {
+            const Words left = broadcast_word(a + i * row);
+            sums[i][0] = add_dot(sums[i][0], left, right);
+            sums[i][1] = add_dot(sums[i][1], left, more);
+        }
+    }
+
+    template <int M>
+    static constexpr int SPLIT = 4 * M <= ROWS   ? 4
+                                 : 2 * M <= ROWS ? 2
+                                                 : 1;
+
+    template <int M, int SPLIT>
+    static __attribute__((noinline)) void block(float* c, int64_t stride, Left left, int64_t first, const Packed* panel,
+                                                int64_t pairs, bool accumulate) {
+        const BFloat16* a = left.data + first * left.row;
+        const int64_t row = left.row, pair = left.pair;
+        Floats sums[M * SPLIT][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < M * SPLIT; i++) {
+            if (i < M) __builtin_prefetch(c + i * stride), __builtin_prefetch(c + i * stride + WIDTH);
+            sums[i][0] = sums[i][1] = Floats{};
+        }
+        int64_t l = 0;
+        for (; l + SPLIT <= pairs; l += SPLIT) {
+#pragma GCC unroll 4
+            for (int part = 0; part < SPLIT; part++, panel += 2 * PANEL, a += pair)
+                add<M>(sums + part * M, a, row, panel);
+        }
+        for (; l < pairs; l++, panel += 2 * PANEL, a += pair) add<M>(sums, a, row, panel);
+#pragma GCC unroll 2
+        for (int half = SPLIT / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+            for (int i = 0; i < M * half; i++) {
+                sums[i][0] += sums[i + M * half][0];
+                sums[i][1] += sums[i + M * half][1];
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < M; i++) {  // added to C last: the sum of a block rounds as its own size does
+            store(c + i * stride, accumulate ? load(c + i * stride) + sums[i][0] : sums[i][0]);
+            store(c + i * stride + WIDTH, accumulate ? load(c + i * stride + WIDTH) + sums[i][1] : sums[i][1]);
+        }
+    }
+};
+
+}  // namespace fusedformer::FF_LEVEL

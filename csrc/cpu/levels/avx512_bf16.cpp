@@ -1,0 +1,6 @@
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+#define FF_LEVEL avx512_bf16
+#define FF_WIDTH 16
+#define FF_AVX512
+#define FF_AVX512_BF16
+#include "../kernels.h"
