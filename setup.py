@@ -7,8 +7,8 @@ Where torch or a compiler is missing, or fails, the package installs without; on
 
 Environment:
     FUSEDFORMER_CUDA: 1 builds the CUDA kernels for a torch without CUDA too, 0 never does.
-    FUSEDFORMER_EMULATED: 1 adds what tests other machines' kernels on any: levels that run AMX and AVX512-BF16 in plain code, and
-        ``_native_emulated.abi3.so``, the CUDA kernels over an emulation of the GPU.
+    FUSEDFORMER_EMULATED: 1 adds what tests other machines' kernels on any: levels that run AMX and AVX512-BF16 in plain
+        code, and ``_native_emulated.abi3.so``, the CUDA kernels over an emulation of the GPU.
 """
 
 from __future__ import annotations
