@@ -15,7 +15,7 @@ from .timing import Subject, measure, stopwatch_for, summary
 
 BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192}
-BFLOAT16_UNITS = {"amx": ("amx",), "avx512_bf16": ("dot",)}  # of a level of the native kernels, beside FMA
+BFLOAT16_UNITS = {"amx": ("amx", "dot"), "avx512_bf16": ("dot",)}  # of a level of the native kernels, beside FMA
 NATIVE = "cpu"  # the backend whose units and levels these are
 
 

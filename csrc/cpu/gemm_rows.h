@@ -5,6 +5,9 @@
 #include "arena.h"
 #include "gemm_problem.h"
 #include "simd/chunk.h"
+#ifdef FF_AVX512_BF16
+#include "simd/pairs.h"
+#endif
 
 namespace fusedformer::FF_LEVEL {
 
@@ -34,8 +37,89 @@ struct Epilogue {
     virtual void finish(float* const* c, int64_t stride, int64_t i, int64_t m, int64_t j, int64_t n) const = 0;
 };
 
+// Chunks of a type S as they are multiplied: rows as numbers of type Number, the weight as it is loaded.
+template <class S>
+struct ChunkProducts {
+    using Number = float;
+    // How many rows of the weight are multiplied at a time, by how many rows they are multiplied with.
+    static constexpr int TOGETHER[] = {0, sizeof(S) == 4 ? 8 : 4, 4, 3, 2};
+
+    static FF_INLINE Chunk load(const S* from) { return load_chunk(from); }
+
+    // Zeros from `count` on.
+    static FF_INLINE Chunk load_some(const S* from, int64_t count) {
+        if (count >= CHUNK) return load_chunk(from);
+        S copy[CHUNK] = {};
+        __builtin_memcpy(copy, from, count * sizeof(S));
+        return load_chunk(copy);
+    }
+
+    static FF_INLINE void put(float* to, Chunk chunk) { store(to, chunk.low), store(to + WIDTH, chunk.high); }
+
+    template <int M, int N, class Weights>
+    static FF_INLINE void add(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
+        if constexpr (M == 1) {  // each row of the weight is loaded once, whatever its halves are made of
+            const Floats low = in_register(FF_LEVEL::load(x)), high = in_register(FF_LEVEL::load(x + WIDTH));
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) {
+                const Chunk w = weights(j);
+                sums[j] += w.low * low;
+                sums[j] += w.high * high;
+            }
+        } else {
+            add_half<M, N, 0>(sums, x, x_row, weights);
+            add_half<M, N, 1>(sums, x, x_row, weights);
+        }
+    }
+
+  private:
+    // Half a chunk of all rows. What is used more than once is loaded once: loads are what bounds these sums.
+    template <int M, int N, int HALF, class Weights>
+    static FF_INLINE void add_half(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
+        Floats w[N];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) w[j] = in_register(HALF ? weights(j).high : weights(j).low);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            const Floats of_row = in_register(FF_LEVEL::load(x + i * x_row + HALF * WIDTH));
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) sums[i * N + j] += w[j] * of_row;
+        }
+    }
+};
+
+#ifdef FF_AVX512_BF16
+
+template <>
+struct ChunkProducts<BFloat16> {
+    using Number = BFloat16;
+    static constexpr int TOGETHER[] = {0, 4, 6, 4, 4};
+
+    static FF_INLINE Words load(const BFloat16* from) { return load_words(from); }
+    static FF_INLINE Words load_some(const BFloat16* from, int64_t count) { return load_some_words(from, count); }
+    static FF_INLINE void put(BFloat16* to, Words chunk) { store_words(to, chunk); }
+
+    template <int M, int N, class Weights>
+    static FF_INLINE void add(Floats* sums, const BFloat16* x, int64_t x_row, const Weights& weights) {
+        Words w[N];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) w[j] = weights(j);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            const Words of_row = load_words(x + i * x_row);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) sums[i * N + j] = add_dot(sums[i * N + j], w[j], of_row);
+        }
+    }
+};
+
+#endif
+
 template <class S>
 class FewRows {
+    using Chunks = ChunkProducts<S>;
+    using Number = typename Chunks::Number;
+
   public:
     static constexpr int64_t MOST = 64;
 
@@ -66,7 +150,6 @@ class FewRows {
     static constexpr int64_t BLOCK_DEPTH = 1024;   // of the rows of `dots`: so much of them stays in the first cache
     static constexpr int64_t TASKS_OF_THREAD = 4;  // of several: each task widens the rows
     static constexpr int64_t AHEAD = 16 * 1024;    // bytes, between what is multiplied and what is fetched
-    static constexpr int STREAMS = sizeof(S) == 4 ? 8 : 4;  // rows of the weight at a time, for one of `dots`
 
     const Product* products_;
     int count_;
@@ -87,24 +170,21 @@ class FewRows {
         return (n + columns - 1) / columns;
     }
 
-    // The rows in float32, in the order of chunks.
-    static float* lay_out(Arena& arena, int64_t m, int64_t k) { return arena.take<float>(m * row_size(k)); }
+    // The rows, in the order of chunks.
+    static Number* lay_out(Arena& arena, int64_t m, int64_t k) { return arena.take<Number>(m * row_size(k)); }
 
     // No power of two: rows would share the first cache's sets.
-    static int64_t row_size(int64_t k) { return round_up(k, CHUNK) + 16; }
+    static int64_t row_size(int64_t k) { return round_up(k, CHUNK) + 64 / static_cast<int64_t>(sizeof(Number)); }
 
     void compute(int64_t task) const {
         Arena measure;
         lay_out(measure, m_, k_);
         Arena arena(runtime_.scratch(measure.used()));
-        float* const x = lay_out(arena, m_, k_);
+        Number* const x = lay_out(arena, m_, k_);
         for (int64_t i = 0; i < m_; i++) {
             const S* row = at<S>(products_[0].left.matrix, i);
-            for (int64_t l = 0; l < k_; l += CHUNK) {
-                const Chunk chunk = some_chunk(row + l, k_ - l);
-                float* to = x + i * row_size(k_) + l;
-                store(to, chunk.low), store(to + WIDTH, chunk.high);
-            }
+            for (int64_t l = 0; l < k_; l += CHUNK)
+                Chunks::put(x + i * row_size(k_) + l, Chunks::load_some(row + l, k_ - l));
         }
         float c[MOST_PRODUCTS][MOST * COLUMNS];
         float* results[MOST_PRODUCTS] = {c[0], c[1]};
@@ -116,7 +196,7 @@ class FewRows {
         }
     }
 
-    void multiply(const float* x, const Product& product, int64_t j, int64_t n, float* c) const {
+    void multiply(const Number* x, const Product& product, int64_t j, int64_t n, float* c) const {
         const Matrix& weight = product.right.matrix;
         // The fewest rows wait for memory, which is read fastest in long stretches.
         const int64_t depth = m_ < 4 ? k_ : BLOCK_DEPTH;
@@ -128,12 +208,12 @@ class FewRows {
             int64_t groups = (m_ + 3) / 4;
             for (int64_t i = 0, m; i < m_; i += m, groups--) {
                 m = (m_ - i + groups - 1) / groups;
-                const float* rows = x + i * row_size(k_) + l;
+                const Number* rows = x + i * row_size(k_) + l;
                 float* to = c + i * COLUMNS;
-                if (m == 4) columns<4, 2>(block, rows, to);
-                if (m == 3) columns<3, 3>(block, rows, to);
-                if (m == 2) columns<2, 4>(block, rows, to);
-                if (m == 1) columns<1, STREAMS>(block, rows, to);
+                if (m == 4) columns<4>(block, rows, to);
+                if (m == 3) columns<3>(block, rows, to);
+                if (m == 2) columns<2>(block, rows, to);
+                if (m == 1) columns<1>(block, rows, to);
             }
         }
     }
@@ -150,8 +230,9 @@ class FewRows {
     // Rows of k numbers: none waits for its beginning, nor for a page's.
     static int64_t ahead(int64_t k) { return larger<int64_t>(8, 1 + AHEAD / (k * static_cast<int64_t>(sizeof(S)))); }
 
-    template <int M, int N>
-    static void columns(const Block& b, const float* x, float* c) {
+    template <int M>
+    static void columns(const Block& b, const Number* x, float* c) {
+        constexpr int N = Chunks::TOGETHER[M];
         int64_t j = 0;
         for (; j + N <= b.n; j += N) b.k % STEP == 0 ? dots<M, N, true>(b, j, x, c + j) : dots<M, N>(b, j, x, c + j);
         for (; j < b.n; j++) dots<M, 1>(b, j, x, c + j);
@@ -161,7 +242,7 @@ class FewRows {
 
     // M rows times N rows of the weight. Nothing is fetched between one loop and the next, so little stands there.
     template <int M, int N, bool WHOLE_STEPS = false>
-    static __attribute__((noinline)) void dots(const Block& b, int64_t j, const float* x, float* c) {
+    static __attribute__((noinline)) void dots(const Block& b, int64_t j, const Number* x, float* c) {
         constexpr int64_t COUNT = round_up(M * N, WIDTH);
         const S* const weight = b.weight + j * b.row;
         const int64_t row = b.row, x_row = b.x_row, k = b.k, beyond = j + b.ahead - b.rows;
@@ -175,10 +256,12 @@ class FewRows {
                 for (int64_t at = l; at < l + STEP; at += LINE) __builtin_prefetch(next + i * row + at, 0, 2);
 #pragma GCC unroll 8
             for (int64_t at = l; at < l + STEP; at += CHUNK)
-                add_chunk<M, N>(sums, x + at, x_row, [&](int i) { return load_chunk(weight + i * row + at); });
+                Chunks::template add<M, N>(sums, x + at, x_row,
+                                           [&](int i) { return Chunks::load(weight + i * row + at); });
         }
         for (; !WHOLE_STEPS && l < k; l += CHUNK)
-            add_chunk<M, N>(sums, x + l, x_row, [&](int i) { return some_chunk(weight + i * row + l, k - l); });
+            Chunks::template add<M, N>(sums, x + l, x_row,
+                                       [&](int i) { return Chunks::load_some(weight + i * row + l, k - l); });
         Floats all[COUNT];
 #pragma GCC unroll 8
         for (int i = 0; i < COUNT; i++) all[i] = i < M * N ? sums[i] : Floats{};
@@ -190,44 +273,6 @@ class FewRows {
             float& to = c[i / N * COLUMNS + i % N];
             to = b.accumulate ? to + lanes[i] : lanes[i];
         }
-    }
-
-    template <int M, int N, class Weights>
-    static FF_INLINE void add_chunk(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
-        if constexpr (M == 1) {  // each row of the weight is loaded once, whatever its halves are made of
-            const Floats low = in_register(load(x)), high = in_register(load(x + WIDTH));
-#pragma GCC unroll 8
-            for (int j = 0; j < N; j++) {
-                const Chunk w = weights(j);
-                sums[j] += w.low * low;
-                sums[j] += w.high * high;
-            }
-        } else {
-            add<M, N, 0>(sums, x, x_row, weights);
-            add<M, N, 1>(sums, x, x_row, weights);
-        }
-    }
-
-    // Half a chunk of all rows. What is used more than once is loaded once: loads are what bounds these sums.
-    template <int M, int N, int HALF, class Weights>
-    static FF_INLINE void add(Floats* sums, const float* x, int64_t x_row, const Weights& weights) {
-        Floats w[N];
-#pragma GCC unroll 8
-        for (int j = 0; j < N; j++) w[j] = in_register(HALF ? weights(j).high : weights(j).low);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++) {
-            const Floats of_row = in_register(load(x + i * x_row + HALF * WIDTH));
-#pragma GCC unroll 8
-            for (int j = 0; j < N; j++) sums[i * N + j] += w[j] * of_row;
-        }
-    }
-
-    // Zeros from `count` on.
-    static FF_INLINE Chunk some_chunk(const S* from, int64_t count) {
-        if (count >= CHUNK) return load_chunk(from);
-        S copy[CHUNK] = {};
-        __builtin_memcpy(copy, from, count * sizeof(S));
-        return load_chunk(copy);
     }
 };
 

@@ -5,6 +5,7 @@
 #define FF_LEVEL emulated
 #define FF_WIDTH 16
 #define FF_AMX
+#define FF_AVX512_BF16
 #define FF_EMULATE
 #include "../kernels.h"
 #endif
