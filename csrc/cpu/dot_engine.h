@@ -11,9 +11,9 @@ struct DotEngine : PairedOperands<BFloat16, 2> {
 
     static constexpr int ROWS = 12;  // times two vectors: accumulators that fill the registers
     static constexpr int ROW_MULTIPLE = 1;
-    static constexpr int BLOCK_Q = 48, BLOCK_K = 64;
-    static constexpr int SHORT = 256, SHORT_BLOCK_Q = 24;
-    static constexpr int BACKWARD_BLOCK_Q = 48;
+    static constexpr int BLOCK_Q = 24, BLOCK_K = 128;
+    static constexpr int SHORT = 0, SHORT_BLOCK_Q = 24;
+    static constexpr int BACKWARD_BLOCK_Q = 24;
     static constexpr int CHUNK_Q = 512;
     static constexpr int CACHE = 256 << 10;
 
