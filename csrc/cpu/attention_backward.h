@@ -182,7 +182,8 @@ class AttentionBackward : GradientTiles<E> {
         bool started = false;
         for (int64_t j = begin; visible && j < end; j += BLOCK_K) {
             // No further than some query of the block sees, by whole panels.
-            const int64_t n = smaller(smaller(BLOCK_K, round_up(end - j, PANEL)), first + count - j), at_key = j - first;
+            const int64_t n = smaller(smaller(BLOCK_K, round_up(end - j, PANEL)), first + count - j),
+                          at_key = j - first;
             const float* block_bias = bias ? bias + at_key : nullptr;
             Tiles::template tile<PLAIN>(
                 s, b, q, E::right_at(s.keys_t, p_.head_dim, 0, at_key),

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "arena.h"
+#include "decode_chunks.h"
 #include "decode_rows.h"
 #include "decode_tile.h"
 
@@ -28,6 +29,8 @@ class AttentionDecode {
 
   private:
     using Tile = DecodeTile<S>;
+    using Chunks = DecodeChunks<S>;
+    using Number = typename Chunks::Number;
 
     const DecodeProblem& p_;
     const DecodeResults& results_;
@@ -35,7 +38,7 @@ class AttentionDecode {
     int64_t heads_together_, sets_, rows_, blocks_, chunks_, chunks_v_, tile_;
 
     struct Scratch {
-        float* query;             // (rows, chunks, CHUNK): of a block of rows (chunks, ROWS, CHUNK)
+        Number* query;            // (rows, chunks, CHUNK): of a block of rows (chunks, ROWS, CHUNK)
         Floats *largest, *total;  // (rows), of a block at its first row, each row's in its own lanes
         float* spare;             // stands for the partial result of a row that fills up a block
         Tile* tiles;              // the one that is computed, and the next, whose rows are on their way
@@ -56,7 +59,7 @@ class AttentionDecode {
         const int64_t rows = round_up(smaller(rows_, BLOCK), 4);
         Scratch s;
         auto lay_out = [&](Arena arena) {
-            s.query = arena.take<float>(rows * chunks_ * CHUNK);
+            s.query = arena.take<Number>(rows * chunks_ * CHUNK);
             s.largest = arena.take<Floats>(rows);
             s.total = arena.take<Floats>(rows);
             s.spare = arena.take<float>(chunks_v_ * CHUNK);
@@ -110,18 +113,18 @@ class AttentionDecode {
 
     template <int ROWS>
     void load_queries(const DecodeRows& rows, const Scratch& s, int64_t row) const {
-        float* to = s.query + row * chunks_ * CHUNK;
+        Number* to = s.query + row * chunks_ * CHUNK;
         for (int64_t c = 0; c < chunks_; c++) {
             for (int i = 0; i < ROWS; i++, to += CHUNK) {
-                Chunk chunk = {};
+                typename Chunks::Loaded chunk = {};
                 if (row + i < rows.count) {
                     S copy[CHUNK];
                     const S* query = static_cast<const S*>(p_.query.data) + rows.b * p_.query.batch +
                                      rows.head_of(row + i) * p_.query.head + rows.query_of(row + i) * p_.query.row;
                     query = whole_chunk(query, p_.head_dim, copy);
-                    chunk = without_overlap<S>(load_chunk(query + chunk_at(c, p_.head_dim)), c, p_.head_dim);
+                    chunk = Chunks::without_overlap(Chunks::load(query + chunk_at(c, p_.head_dim)), c, p_.head_dim);
                 }
-                store(to, chunk.low), store(to + WIDTH, chunk.high);
+                Chunks::put(to, chunk);
             }
         }
     }
@@ -132,7 +135,7 @@ class AttentionDecode {
     void add_tile(const DecodeRows& rows, const Scratch& s, int64_t row, const Tile& tile, const Tile& next,
                   float** out) const {
         alignas(64) float scores[Tile::MOST * ROWS];
-        const float* query = s.query + row * chunks_ * CHUNK;
+        const Number* query = s.query + row * chunks_ * CHUNK;
         // The first block of rows waits for memory, the others find the tile in the cache.
         Floats most = row == 0 ? products<ROWS, true>(tile, query, scores) : products<ROWS, false>(tile, query, scores);
         const int64_t count = round_up(tile.count * ROWS, WIDTH);
@@ -142,16 +145,17 @@ class AttentionDecode {
         const Floats reference = select(most == -INFINITE, Floats{}, most);
         const Floats shrink = exp2((s.largest[row] - reference) * LOG2E);
         Floats total = s.total[row] * shrink;
+        auto* weights = reinterpret_cast<Number*>(scores);  // none is written before its score is read
         for (int64_t k = 0; k < count; k += WIDTH) {
-            const Floats weights = exp2((load(scores + k) - reference) * LOG2E);
-            store(scores + k, weights);
-            total += weights;
+            const Floats found = exp2((load(scores + k) - reference) * LOG2E);
+            Chunks::template put_weights<ROWS>(weights, k, found);
+            total += found;
         }
         s.largest[row] = most, s.total[row] = total;
         if (row == 0)
-            add_values<ROWS, true>(tile, next, scores, shrink, out);
+            add_values<ROWS, true>(tile, next, weights, shrink, out);
         else
-            add_values<ROWS, false>(tile, next, scores, shrink, out);
+            add_values<ROWS, false>(tile, next, weights, shrink, out);
     }
 
     struct Sum {
@@ -201,7 +205,7 @@ class AttentionDecode {
 
     // scores (keys, ROWS) = K Qᵀ * scale; in each lane the largest.
     template <int ROWS, bool AHEAD>
-    Floats products(const Tile& tile, const float* query, float* scores) const {
+    Floats products(const Tile& tile, const Number* query, float* scores) const {
         constexpr int KEYS = WIDTH / ROWS;
         const float scale = static_cast<float>(p_.scale);
         Floats most = broadcast(-INFINITE);
@@ -213,49 +217,33 @@ class AttentionDecode {
         return most;
     }
 
-    // All sums once, then all of them again: a sum's two terms stand far apart.
-    template <int ROWS>
-    static FF_INLINE void add_products(Floats* sums, const Chunk* chunks, const float* query) {
-#pragma GCC unroll 4
-        for (int row = 0; row < ROWS; row++) {
-            const Floats low = in_register(load(query + row * CHUNK));
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH / ROWS; i++) sums[i * ROWS + row] += chunks[i].low * low;
-        }
-#pragma GCC unroll 4
-        for (int row = 0; row < ROWS; row++) {
-            const Floats high = in_register(load(query + row * CHUNK + WIDTH));
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH / ROWS; i++) sums[i * ROWS + row] += chunks[i].high * high;
-        }
-    }
-
     template <int ROWS, bool AHEAD>
-    FF_INLINE Floats dot_products(const S* const* keys, const S* const* ahead, const float* query) const {
+    FF_INLINE Floats dot_products(const S* const* keys, const S* const* ahead, const Number* query) const {
         constexpr int KEYS = WIDTH / ROWS;
         Floats sums[WIDTH] = {};
         const S* key[KEYS];
         for (int i = 0; i < KEYS; i++) key[i] = keys[i];
         const int64_t whole = p_.head_dim / CHUNK;
-        Chunk chunks[KEYS];
+        typename Chunks::Loaded chunks[KEYS];
         for (int64_t c = 0; c < whole; c++, query += ROWS * CHUNK) {
             if constexpr (AHEAD) prefetch_rows<KEYS>(ahead, c);
 #pragma GCC unroll 16
-            for (int i = 0; i < KEYS; i++) chunks[i] = load_chunk(key[i] + c * CHUNK);
-            add_products<ROWS>(sums, chunks, query);
+            for (int i = 0; i < KEYS; i++) chunks[i] = Chunks::load(key[i] + c * CHUNK);
+            Chunks::template add_products<KEYS, ROWS>(sums, chunks, query);
         }
         if (whole < chunks_) {
 #pragma GCC unroll 16
             for (int i = 0; i < KEYS; i++)
-                chunks[i] = without_overlap<S>(load_chunk(key[i] + chunk_at(whole, p_.head_dim)), whole, p_.head_dim);
-            add_products<ROWS>(sums, chunks, query);
+                chunks[i] =
+                    Chunks::without_overlap(Chunks::load(key[i] + chunk_at(whole, p_.head_dim)), whole, p_.head_dim);
+            Chunks::template add_products<KEYS, ROWS>(sums, chunks, query);
         }
         return sums_of_lanes<WIDTH>(sums);
     }
 
     // out (ROWS, chunks_v * CHUNK) = out * shrink + weightsᵀ V
     template <int ROWS, bool AHEAD>
-    void add_values(const Tile& tile, const Tile& next, const float* weights, Floats shrink, float** out) const {
+    void add_values(const Tile& tile, const Tile& next, const Number* weights, Floats shrink, float** out) const {
         constexpr int64_t TOGETHER = (WIDTH == 16 ? 8 : 4) / ROWS;  // chunks: two accumulators for each and each row
         int64_t c = 0;
         for (; c + TOGETHER <= chunks_v_; c += TOGETHER)
@@ -265,7 +253,7 @@ class AttentionDecode {
     }
 
     template <int ROWS, int CHUNKS, bool AHEAD>
-    FF_INLINE void add_chunks(const Tile& tile, const Tile& next, const float* weights, Floats shrink, float** out,
+    FF_INLINE void add_chunks(const Tile& tile, const Tile& next, const Number* weights, Floats shrink, float** out,
                               int64_t c) const {
         Chunk sums[CHUNKS][ROWS];
         int64_t at[CHUNKS];
@@ -278,18 +266,13 @@ class AttentionDecode {
                 sums[n][row] = {load(from) * shrink[row], load(from + WIDTH) * shrink[row]};
             }
         }
-        for (int64_t k = 0; k < tile.count; k++) {
-            const S* value = tile.values[k];
+        for (int64_t k = 0; k < tile.count; k += Chunks::VALUES) {
 #pragma GCC unroll 8
             for (int n = 0; n < CHUNKS; n++) {
                 if constexpr (AHEAD)
-                    if ((k + c + n) % SHARED == 0) prefetch(next.keys[k], c + n);
-                const Chunk chunk = load_chunk(value + at[n]);
-#pragma GCC unroll 4
-                for (int row = 0; row < ROWS; row++) {
-                    sums[n][row].low += chunk.low * weights[k * ROWS + row];
-                    sums[n][row].high += chunk.high * weights[k * ROWS + row];
-                }
+                    for (int64_t i = k; i < k + Chunks::VALUES; i++)
+                        if ((i + c + n) % SHARED == 0) prefetch(next.keys[i], c + n);
+                Chunks::template add_values<ROWS>(sums[n], tile.values, k, tile.count, at[n], weights);
             }
         }
 #pragma GCC unroll 8
