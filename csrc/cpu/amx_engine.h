@@ -14,7 +14,7 @@ struct AmxEngine : PairedOperands<S, TILE_DEPTH> {
     using typename Base::Packed, typename Base::Scalar;
     using Session = TileSession;
 
-    static constexpr int ROW_MULTIPLE = TILE_ROWS;
+    static constexpr int ROW_MULTIPLE = TILE_ROWS, COLUMNS = Base::PANEL;
     static constexpr int BLOCK_Q = 32, BLOCK_K = 64;
     static constexpr int SHORT = 0, SHORT_BLOCK_Q = 32;
     static constexpr int BACKWARD_BLOCK_Q = 32;

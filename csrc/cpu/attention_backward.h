@@ -181,8 +181,8 @@ class AttentionBackward : GradientTiles<E> {
         const int64_t begin = larger(round_down(seen.begin, BLOCK_K), first), end = smaller(seen.end, first + count);
         bool started = false;
         for (int64_t j = begin; visible && j < end; j += BLOCK_K) {
-            // No further than some query of the block sees, by whole panels.
-            const int64_t n = smaller(smaller(BLOCK_K, round_up(end - j, PANEL)), first + count - j),
+            // No further than some query of the block sees, by what is computed at a time.
+            const int64_t n = smaller(smaller(BLOCK_K, round_up(end - j, E::COLUMNS)), first + count - j),
                           at_key = j - first;
             const float* block_bias = bias ? bias + at_key : nullptr;
             Tiles::template tile<PLAIN>(

@@ -178,7 +178,7 @@ class AttentionForward {
         const ScoreRules rules{p_, b, q.head};
         float* out = s.out + u * block_q_ * width_v_;
         for (int64_t j = begin; j < end; j += BLOCK_K) {
-            const int64_t n = smaller(BLOCK_K, end - j), width = round_up(n, PANEL), packed = j - first;
+            const int64_t n = smaller(BLOCK_K, end - j), width = round_up(n, E::COLUMNS), packed = j - first;
             const float* block_bias = bias ? bias + packed : nullptr;
             if (block_bias && all_excluded(block_bias, n)) continue;
             E::multiply_packed(s.scores, BLOCK_K, left, E::right_at(s.keys, p_.head_dim, 0, packed), p_.head_dim,

@@ -79,7 +79,7 @@ class AttentionWeights {
         const Range seen = visible_keys(p_, i, i + m - 1);
         if (seen.begin >= j + n || seen.end <= j) return;
         const ScoreRules rules{p_, b, h};
-        const int64_t width = round_up(n, PANEL), head_kv = h / p_.group();
+        const int64_t width = round_up(n, E::COLUMNS), head_kv = h / p_.group();
         const float* bias = p_.key_mask.data ? s.bias : nullptr;
         if (bias && !rules.key_bias(s.bias, j, n, width)) return;
         const auto* query = static_cast<const Scalar*>(p_.query.data) + b * p_.query.batch + h * p_.query.head;

@@ -10,7 +10,7 @@ struct DotEngine : PairedOperands<BFloat16, 2> {
     struct Session {};
 
     static constexpr int ROWS = 12;  // times two vectors: accumulators that fill the registers
-    static constexpr int ROW_MULTIPLE = 1;
+    static constexpr int ROW_MULTIPLE = 1, COLUMNS = WIDTH;
     static constexpr int BLOCK_Q = 24, BLOCK_K = 128;
     static constexpr int SHORT = 0, SHORT_BLOCK_Q = 24;
     static constexpr int BACKWARD_BLOCK_Q = 24;
@@ -71,33 +71,43 @@ struct DotEngine : PairedOperands<BFloat16, 2> {
         depth = round_up(depth, DEPTH);
         const int64_t pairs = (k + 1) / 2;
         for (int64_t j = 0; j < n; j += PANEL) {
-            const Packed* panel = b + j * depth;
-            int64_t i = 0;
-            for (; i + ROWS <= m; i += ROWS) block<ROWS, 1>(c + i * stride + j, stride, a, i, panel, pairs, accumulate);
-            rest<ROWS - 1, SPLITS>(m - i, c + i * stride + j, stride, a, i, panel, pairs, accumulate);
+            if (n - j > WIDTH)
+                rows<2, SPLITS>(c + j, stride, a, b + j * depth, m, pairs, accumulate);
+            else
+                rows<1, SPLITS>(c + j, stride, a, b + j * depth, m, pairs, accumulate);
         }
     }
 
   private:
-    template <int M, bool SPLITS>
+    // N: the vectors of a panel that are computed.
+    template <int N, bool SPLITS>
+    static void rows(float* c, int64_t stride, Left a, const Packed* panel, int64_t m, int64_t pairs, bool accumulate) {
+        int64_t i = 0;
+        for (; i + ROWS <= m; i += ROWS) block<ROWS, N, 1>(c + i * stride, stride, a, i, panel, pairs, accumulate);
+        rest<ROWS - 1, N, SPLITS>(m - i, c + i * stride, stride, a, i, panel, pairs, accumulate);
+    }
+
+    template <int M, int N, bool SPLITS>
     static void rest(int64_t m, float* c, int64_t stride, Left a, int64_t i, const Packed* panel, int64_t pairs,
                      bool accumulate) {
         if constexpr (M > 0) {
             if (m == M)
-                block<M, SPLITS ? SPLIT<M> : 1>(c, stride, a, i, panel, pairs, accumulate);
+                block<M, N, SPLITS ? SPLIT<M> : 1>(c, stride, a, i, panel, pairs, accumulate);
             else
-                rest<M - 1, SPLITS>(m, c, stride, a, i, panel, pairs, accumulate);
+                rest<M - 1, N, SPLITS>(m, c, stride, a, i, panel, pairs, accumulate);
         }
     }
 
-    template <int M>
-    static FF_INLINE void add(Floats (*sums)[2], const BFloat16* a, int64_t row, const Packed* panel) {
-        const Words right = load_words(panel), more = load_words(panel + 2 * WIDTH);
+    template <int M, int N>
+    static FF_INLINE void add(Floats (*sums)[N], const BFloat16* a, int64_t row, const Packed* panel) {
+        Words b[N];
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) b[j] = load_words(panel + j * 2 * WIDTH);
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {
-            const Words left = broadcast_word(a + i * row);
-            sums[i][0] = add_dot(sums[i][0], left, right);
-            sums[i][1] = add_dot(sums[i][1], left, more);
+            const Words x = broadcast_word(a + i * row);
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) sums[i][j] = add_dot(sums[i][j], x, b[j]);
         }
     }
 
@@ -106,36 +116,38 @@ struct DotEngine : PairedOperands<BFloat16, 2> {
                                  : 2 * M <= ROWS ? 2
                                                  : 1;
 
-    template <int M, int SPLIT>
+    template <int M, int N, int SPLIT>
     static __attribute__((noinline)) void block(float* c, int64_t stride, Left left, int64_t first, const Packed* panel,
                                                 int64_t pairs, bool accumulate) {
         const BFloat16* a = left.data + first * left.row;
         const int64_t row = left.row, pair = left.pair;
-        Floats sums[M * SPLIT][2];
+        Floats sums[M * SPLIT][N];
 #pragma GCC unroll 16
-        for (int i = 0; i < M * SPLIT; i++) {
-            if (i < M) __builtin_prefetch(c + i * stride), __builtin_prefetch(c + i * stride + WIDTH);
-            sums[i][0] = sums[i][1] = Floats{};
-        }
+        for (int i = 0; i < M * SPLIT; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) {
+                if (i < M) __builtin_prefetch(c + i * stride + j * WIDTH);
+                sums[i][j] = Floats{};
+            }
         int64_t l = 0;
         for (; l + SPLIT <= pairs; l += SPLIT) {
 #pragma GCC unroll 4
             for (int part = 0; part < SPLIT; part++, panel += 2 * PANEL, a += pair)
-                add<M>(sums + part * M, a, row, panel);
+                add<M, N>(sums + part * M, a, row, panel);
         }
-        for (; l < pairs; l++, panel += 2 * PANEL, a += pair) add<M>(sums, a, row, panel);
+        for (; l < pairs; l++, panel += 2 * PANEL, a += pair) add<M, N>(sums, a, row, panel);
 #pragma GCC unroll 2
         for (int half = SPLIT / 2; half > 0; half /= 2) {
 #pragma GCC unroll 16
-            for (int i = 0; i < M * half; i++) {
-                sums[i][0] += sums[i + M * half][0];
-                sums[i][1] += sums[i + M * half][1];
-            }
+            for (int i = 0; i < M * half; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < N; j++) sums[i][j] += sums[i + M * half][j];
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {  // added to C last: the sum of a block rounds as its own size does
-            store(c + i * stride, accumulate ? load(c + i * stride) + sums[i][0] : sums[i][0]);
-            store(c + i * stride + WIDTH, accumulate ? load(c + i * stride + WIDTH) + sums[i][1] : sums[i][1]);
+            float* to = c + i * stride;
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++, to += WIDTH) store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
         }
     }
 };

@@ -1,7 +1,8 @@
 // Products of small blocks in float32 by fused multiply-add; 16-bit operands are widened when they are packed.
 //
 // An engine multiplies C (m x n, float32) = or += A (m x k) B (k x n) for tensors of one Scalar. A is a `Left`. B is
-// packed in panels of PANEL columns, each `depth` rows of PANEL consecutive numbers; n is rounded up to whole panels.
+// packed in panels of PANEL columns, each `depth` rows of PANEL consecutive numbers; n is rounded up to a multiple of
+// COLUMNS.
 #pragma once
 
 #include "simd/vector.h"
@@ -18,7 +19,8 @@ struct FmaEngine {
     static constexpr int ROWS = WIDTH == 16 ? 12 : 6;  // times two vectors: accumulators that fill the registers
     static constexpr int PARTS = 1;                    // numbers kept for each element
     static constexpr int DEPTH = 1;                    // a packed operand's depth is a multiple of this
-    static constexpr int ROW_MULTIPLE = 1;             // so many rows of C are written at a time
+    static constexpr int ROW_MULTIPLE = 1;             // so many rows of C are written at a time,
+    static constexpr int COLUMNS = WIDTH;              // and so many columns
 
     // Tiles of scores, of forward and of backward. Measured on AVX2: twice the keys or queries are 5% faster there;
     // with wider vectors the panels that go with them would fill the first cache.
@@ -124,9 +126,10 @@ struct FmaEngine {
             for (int64_t j = 0; j < n; j += PANEL) {
                 const Packed* panel = b + j * depth + done * PANEL;
                 float* to = c + j;
-                int64_t i = 0;
-                for (; i + ROWS <= m; i += ROWS) block<ROWS>(to + i * stride, stride, a, i, panel, length, accumulate);
-                rest<ROWS - 1>(m - i, to + i * stride, stride, a, i, panel, length, accumulate);
+                if (n - j > WIDTH)
+                    rows<2>(to, stride, a, panel, m, length, accumulate);
+                else
+                    rows<1>(to, stride, a, panel, m, length, accumulate);
             }
             accumulate = true;
         }
@@ -138,58 +141,69 @@ struct FmaEngine {
     }
 
   private:
-    template <int M>
+    // N: the vectors of a panel that are computed.
+    template <int N>
+    static void rows(float* c, int64_t stride, Left a, const Packed* panel, int64_t m, int64_t k, bool accumulate) {
+        int64_t i = 0;
+        for (; i + ROWS <= m; i += ROWS) block<ROWS, N>(c + i * stride, stride, a, i, panel, k, accumulate);
+        rest<ROWS - 1, N>(m - i, c + i * stride, stride, a, i, panel, k, accumulate);
+    }
+
+    template <int M, int N>
     static void rest(int64_t m, float* c, int64_t stride, Left a, int64_t i, const Packed* panel, int64_t k,
                      bool accumulate) {
         if constexpr (M > 0) {
             if (m == M)
-                block<M>(c, stride, a, i, panel, k, accumulate);
+                block<M, N>(c, stride, a, i, panel, k, accumulate);
             else
-                rest<M - 1>(m, c, stride, a, i, panel, k, accumulate);
+                rest<M - 1, N>(m, c, stride, a, i, panel, k, accumulate);
         }
     }
 
-    template <int M>
-    static FF_INLINE void add(Floats (*sums)[2], const float* a, int64_t row, Floats b0, Floats b1) {
+    template <int M, int N>
+    static FF_INLINE void add(Floats (*sums)[N], const float* a, int64_t row, const Packed* panel) {
+        Floats b[N];
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) b[j] = load(panel + j * WIDTH);
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {
             const float x = a[i * row];
-            sums[i][0] += b0 * x;
-            sums[i][1] += b1 * x;
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) sums[i][j] += b[j] * x;
         }
     }
 
-    template <int M>
+    template <int M, int N>
     static __attribute__((noinline)) void block(float* c, int64_t stride, Left left, int64_t first, const Packed* panel,
                                                 int64_t k, bool accumulate) {
         const float* a = left.data + first * left.row;
         const int64_t row = left.row, column = left.column;
         // Few rows leave registers for sums of every SPLIT-th term: these wait less for each other, and round less.
         constexpr int SPLIT = 4 * M <= ROWS ? 4 : 2 * M <= ROWS ? 2 : 1;
-        Floats sums[M * SPLIT][2];
+        Floats sums[M * SPLIT][N];
 #pragma GCC unroll 16
-        for (int i = 0; i < M * SPLIT; i++) {
-            sums[i][0] = sums[i][1] = Floats{};
-        }
+        for (int i = 0; i < M * SPLIT; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) sums[i][j] = Floats{};
         int64_t l = 0;
         for (; l + SPLIT <= k; l += SPLIT) {
 #pragma GCC unroll 4
             for (int part = 0; part < SPLIT; part++, panel += PANEL, a += column)
-                add<M>(sums + part * M, a, row, load(panel), load(panel + WIDTH));
+                add<M, N>(sums + part * M, a, row, panel);
         }
-        for (; l < k; l++, panel += PANEL, a += column) add<M>(sums, a, row, load(panel), load(panel + WIDTH));
+        for (; l < k; l++, panel += PANEL, a += column) add<M, N>(sums, a, row, panel);
 #pragma GCC unroll 2
         for (int half = SPLIT / 2; half > 0; half /= 2) {
 #pragma GCC unroll 16
-            for (int i = 0; i < M * half; i++) {
-                sums[i][0] += sums[i + M * half][0];
-                sums[i][1] += sums[i + M * half][1];
-            }
+            for (int i = 0; i < M * half; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < N; j++) sums[i][j] += sums[i + M * half][j];
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {  // added to C last: the sum of a block rounds as its own size does
-            store(c + i * stride, accumulate ? load(c + i * stride) + sums[i][0] : sums[i][0]);
-            store(c + i * stride + WIDTH, accumulate ? load(c + i * stride + WIDTH) + sums[i][1] : sums[i][1]);
+            float* to = c + i * stride;
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++, to += WIDTH) store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
         }
     }
 };

@@ -101,7 +101,7 @@ class GradientTiles {
     template <bool PLAIN, class F>
     void tile(const TileScratch& s, int64_t b, const Queries& q, const Packed* keys_t, const Packed* values_t,
               int64_t j, int64_t n, const float* bias, F each) const {
-        const int64_t width = round_up(n, PANEL);
+        const int64_t width = round_up(n, E::COLUMNS);
         const ScoreRules rules{p_, b, q.head};
         E::multiply_packed(s.scores, BLOCK_K, q.query, keys_t, p_.head_dim, q.count, n, p_.head_dim, false);
         E::multiply_packed(s.products, BLOCK_K, q.grad_out, values_t, p_.head_dim_v, q.count, n, p_.head_dim_v, false);
