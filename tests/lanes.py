@@ -17,7 +17,12 @@ emulated = pytest.mark.skipif(
 )
 compiled = pytest.mark.skipif(cuda.ON_GPU.path is None, reason=f"CUDA extension {cuda.ON_GPU.absence}")
 LEVELS = native.levels() if native.EXTENSION.path else {}
-RUNNABLE = [name for name, refusal in LEVELS.items() if refusal is None]
+EMULATES = {"emulated": "amx", "emulated_bf16": "avx512_bf16"}  # what runs itself needs no emulation
+RUNNABLE = [
+    name
+    for name, refusal in LEVELS.items()
+    if refusal is None and (name not in EMULATES or LEVELS[EMULATES[name]] is not None)
+]
 
 REFERENCE = pytest.param("reference", "cpu", id="reference")
 TORCH = pytest.param("torch", "cpu", id="torch")

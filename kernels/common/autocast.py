@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,3 +38,16 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def with_callers_autocast(function: Callable[[Tensor], Tensor], device_type: str) -> Callable[[Tensor], Tensor]:
+    """A caller's own function, wherever it is called, under the autocast that is on now; its result in x's dtype."""
+    if not torch.is_autocast_enabled(device_type):
+        return function
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def called(x: Tensor) -> Tensor:
+        with torch.autocast(device_type, dtype=dtype):
+            return function(x).to(x.dtype)
+
+    return called

@@ -59,6 +59,7 @@ _operators: dict[str, Any] = {}
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _autocast_enabled = torch._C._is_any_autocast_enabled
+_is_tracing = torch._C._is_tracing
 
 
 def short_way(
@@ -73,7 +74,7 @@ def short_way(
     What is kept packed of ``weights``, those that the operator can read so, follows the options. ``grouped`` are the
     tensors as the operator takes them, where some stand in lists.
 
-    None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a mistake.
+    None wherever there is more to it: another device or dtype, a gradient, a transform, autocast, a trace, a mistake.
     """
     if torch.compiler.is_compiling() or type(tensors[0]) is not Tensor or not tensors[0].is_cpu:
         return None
@@ -82,6 +83,8 @@ def short_way(
         if type(x) not in PLAIN_TYPES or (differentiates and x is not None and x.requires_grad):
             return None
     if _dispatch_modes() or _transforms_active() or _autocast_enabled() or forward_ad._current_level >= 0:
+        return None
+    if _is_tracing():  # it knows no optional results
         return None
     if operator not in _operators:
         if missing(operator) is not None:

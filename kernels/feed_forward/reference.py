@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common import philox
 from ..common.activations import Function, activation_function
-from ..common.autocast import no_autocast
+from ..common.autocast import no_autocast, with_callers_autocast
 from .problem import FeedForwardProblem
 
 
@@ -33,6 +33,8 @@ def feed_forward(
 ) -> Tensor:
     """(tokens, d_out) in the dtype of input, of a canonical problem (``problem.FeedForwardProblem``)."""
     act = activation_function(activation)
+    if not isinstance(activation, str):
+        act = with_callers_autocast(act, input.device.type)
     with no_autocast(input.device.type):
         x = input.to(torch.promote_types(torch.float32, input.dtype))
         value = _linear(x, weight1, bias1)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..common.activations import activation_function
-from ..common.autocast import no_autocast
+from ..common.autocast import no_autocast, with_callers_autocast
 from ..common.precision import FOLLOW_TORCH
 from .problem import FeedForwardProblem
 
@@ -37,6 +37,8 @@ def feed_forward(problem: FeedForwardProblem) -> Tensor:
 def _composite(problem: FeedForwardProblem) -> Tensor:
     p = problem
     act = activation_function(p.activation)
+    if not isinstance(p.activation, str):
+        act = with_callers_autocast(act, p.input.device.type)
     with no_autocast(p.input.device.type):
         value = F.linear(p.input, p.weight1, p.bias1)
         hidden = act(value) if p.gate_weight is None else act(F.linear(p.input, p.gate_weight, p.gate_bias)) * value

@@ -47,6 +47,9 @@ def norm_forward_kernel(
     inside = (row < rows)[:, None] & in_row[None, :]
     wide_row = row.to(tl.int64)[:, None]
     here = wide_row * features + column[None, :]
+    # Made here and kept: of the wide offsets two would be, and spill.
+    out_at = out_ptr + here
+    sum_at = None if sum_ptr is None else sum_ptr + here
     count = tl.full((), features, tl.float32)
 
     total = tl.load(input_ptr + wide_row * input_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -57,7 +60,7 @@ def norm_forward_kernel(
         total += tl.load(beside, mask=inside, other=0.0).to(tl.float32)
     rounded = total.to(out_ptr.dtype.element_ty)
     if sum_ptr is not None:
-        tl.store(sum_ptr + here, rounded, mask=inside)
+        tl.store(sum_at, rounded, mask=inside)
     total = rounded.to(tl.float32)  # backward has no other
 
     centred = total  # (ROWS, BLOCK)
@@ -75,4 +78,4 @@ def norm_forward_kernel(
         out *= tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         out += tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + here, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -70,6 +70,16 @@ def test_compiles_whole_with_dropout_and_a_hook_inside() -> None:
         torch.testing.assert_close(compiled.eval()(x), layer.eval()(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+def test_is_traced() -> None:
+    """Without gradients too, where a small call goes a shorter way, whose results a trace could not hold."""
+    model = Model().eval()
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(model, inputs())
+        given = inputs()
+        torch.testing.assert_close(traced(*given), model(*given))
+
+
 def test_is_exported_with_changing_sizes() -> None:
     model, given = Model().eval(), inputs()
     batch, source = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("source", min=2, max=64)

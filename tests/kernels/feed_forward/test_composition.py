@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fusedformer.functional import feed_forward
@@ -238,6 +239,25 @@ def test_autocast_does_not_reach_into_the_computation(backend: str, device: str,
     outside, inside = results(fused(backend), inputs), results(under_autocast(backend, device), inputs)
     for name, x in inside.items():
         assert_equal_bits(x, outside[name], name)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_an_activation_of_ones_own_runs_under_the_callers_autocast(backend: str, gated: bool, seed: int) -> None:
+    """A module with weights in float32 has to."""
+    inputs = make_inputs(replace(PLAIN, gated=gated), torch.float32, "cpu", seed)
+    given: dict[str, Any] = inputs.tensors
+    d_ff = given["weight1"].size(0)
+    activation = torch.nn.Sequential(torch.nn.Linear(d_ff, d_ff), torch.nn.PReLU())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = feed_forward(**given, activation=activation, backend=backend).detach()
+        value = F.linear(given["input"], given["weight1"], given["bias1"])
+        gate = F.linear(given["input"], given["gate_weight"], given["gate_bias"]) if gated else value
+        expected = F.linear(activation(gate) * (value if gated else 1.0), given["weight2"], given["bias2"])
+        if "residual" in given:
+            expected = given["residual"].bfloat16() + expected
+    assert out.dtype == torch.bfloat16
+    assert_no_mistake(out, expected.double())
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
