@@ -43,7 +43,8 @@ inline double multiply_pairs(const float* data, int64_t rounds) {
     constexpr int CHAINS = 12;
     const auto* numbers = reinterpret_cast<const BFloat16*>(data);
     const Words left = load_words(numbers), right = load_words(numbers + 2 * WIDTH);
-    Floats sums[CHAINS] = {};
+    Floats sums[CHAINS];
+    for (int i = 0; i < CHAINS; i++) sums[i] = load(data + i * WIDTH);  // equal chains would be computed once
     for (int64_t round = 0; round < rounds; round++)
 #pragma GCC unroll 16
         for (int i = 0; i < CHAINS; i++) sums[i] = add_dot(sums[i], left, right);

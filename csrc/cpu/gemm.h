@@ -4,7 +4,8 @@
 // A task is a tile of C. Its depth is walked in blocks: the tile's columns of `right` are packed once for each, then,
 // a few rows at a time, `left`, and multiplied (Goto and van de Geijn, "Anatomy of High-Performance Matrix
 // Multiplication", 2008). An element's sum runs in the same order in every tile: threads change no bits. Few rows are
-// multiplied as the weights lie, see gemm_rows.h.
+// multiplied as the weights lie, see gemm_rows.h. Some more are packed in the weight's place: the product is the
+// transposed one, whose left operand the weight is as it lies.
 #pragma once
 
 #include "arena.h"
@@ -12,7 +13,7 @@
 
 namespace fusedformer::FF_LEVEL {
 
-// E: GemmFma or GemmAmx.
+// E: GemmFma, GemmDot or GemmAmx.
 template <class E>
 class Gemm {
     using Scalar = typename E::Scalar;
@@ -28,20 +29,21 @@ class Gemm {
             FewRows<Scalar>::run(products, count, m, n, k, epilogue, runtime);
             return true;
         }
-        Gemm gemm(products, count, m, n, k, &epilogue, runtime);
-        auto body = [](int64_t task, void* self) { static_cast<Gemm*>(self)->compute(task); };
-        runtime.parallel(gemm.tiles_down_ * gemm.tiles_across_, body, &gemm);
-        return gemm.exact_;
+        if (packs_rows(products, count, m)) {
+            const Swapped swapped(products, count);
+            return multiply_all(swapped.products, count, n, m, k, TransposedRows(count, epilogue), runtime);
+        }
+        return multiply_all(products, count, m, n, k, epilogue, runtime);
     }
 
     // Bytes of scratch of all threads that `run` takes.
     static int64_t memory(const Product* products, int count, int64_t m, int64_t n, int64_t k, const Runtime& runtime) {
         if (has_few_rows(products, count, m, k)) return FewRows<Scalar>::memory(m, n, k, runtime);
-        const Gemm gemm(products, count, m, n, k, nullptr, runtime);
-        Arena measure;
-        gemm.lay_out(measure);
-        const int64_t tiles = gemm.tiles_down_ * gemm.tiles_across_;
-        return smaller<int64_t>(runtime.threads, tiles) * static_cast<int64_t>(measure.used());
+        if (packs_rows(products, count, m)) {
+            const Swapped swapped(products, count);
+            return memory_of(swapped.products, count, n, m, k, runtime);
+        }
+        return memory_of(products, count, m, n, k, runtime);
     }
 
     // A right operand, the transpose of `weight` (n x k), can be packed once for all products that come.
@@ -61,6 +63,73 @@ class Gemm {
   private:
     static bool has_few_rows(const Product* products, int count, int64_t m, int64_t k) {
         return m <= E::FEW_ROWS && FewRows<Scalar>::takes(products, count, m, k);
+    }
+
+    // ---- the transposed product
+
+    // Whether it saves more, by not packing the weight, than it costs: whole vectors of rows are computed.
+    static bool packs_rows(const Product* products, int count, int64_t m) {
+        for (int p = 0; p < count; p++) {
+            const Operand &left = products[p].left, &right = products[p].right;
+            if (left.transposed || !right.transposed || right.packed || products[p].result != p) return false;
+        }
+        return m <= E::PACKED_ROWS && round_up(m, E::COLUMNS) < round_up(m, E::ROW_MULTIPLE) + E::PACKING_ROWS;
+    }
+
+    struct Swapped {
+        Product products[MOST_PRODUCTS];
+
+        Swapped(const Product* of, int count) {
+            for (int p = 0; p < count; p++) {
+                products[p] = of[p];
+                products[p].left = of[p].right, products[p].right = of[p].left;
+                products[p].left.transposed = false, products[p].right.transposed = true;
+            }
+        }
+    };
+
+    // Gives an epilogue the rows of C that come as columns of its transpose.
+    struct TransposedRows : Epilogue {
+        static constexpr int64_t STRIDE = E::BLOCK_ROWS + 16;  // no power of two
+        const int results;
+        const Epilogue& epilogue;
+
+        TransposedRows(int results, const Epilogue& epilogue) : results(results), epilogue(epilogue) {}
+
+        void finish(float* const* c, int64_t stride, int64_t i, int64_t m, int64_t j, int64_t n) const override {
+            alignas(64) float rows[MOST_PRODUCTS][WIDTH * STRIDE];
+            float* to[MOST_PRODUCTS] = {rows[0], rows[1]};
+            for (int64_t column = 0; column < n; column += WIDTH) {
+                for (int r = 0; r < results; r++)
+                    for (int64_t row = 0; row < m; row += WIDTH) {
+                        Floats square[WIDTH];
+                        for (int64_t lane = 0; lane < WIDTH; lane++)
+                            square[lane] = load(c[r] + smaller(row + lane, m - 1) * stride + column);
+                        transpose(square);
+                        for (int64_t lane = 0; lane < WIDTH; lane++) store(to[r] + lane * STRIDE + row, square[lane]);
+                    }
+                epilogue.finish(to, STRIDE, j + column, smaller<int64_t>(WIDTH, n - column), i, m);
+            }
+        }
+    };
+
+    // ---- any product
+
+    static bool multiply_all(const Product* products, int count, int64_t m, int64_t n, int64_t k,
+                             const Epilogue& epilogue, const Runtime& runtime) {
+        Gemm gemm(products, count, m, n, k, &epilogue, runtime);
+        auto body = [](int64_t task, void* self) { static_cast<Gemm*>(self)->compute(task); };
+        runtime.parallel(gemm.tiles_down_ * gemm.tiles_across_, body, &gemm);
+        return gemm.exact_;
+    }
+
+    static int64_t memory_of(const Product* products, int count, int64_t m, int64_t n, int64_t k,
+                             const Runtime& runtime) {
+        const Gemm gemm(products, count, m, n, k, nullptr, runtime);
+        Arena measure;
+        gemm.lay_out(measure);
+        const int64_t tiles = gemm.tiles_down_ * gemm.tiles_across_;
+        return smaller<int64_t>(runtime.threads, tiles) * static_cast<int64_t>(measure.used());
     }
 
     const Product* products_;

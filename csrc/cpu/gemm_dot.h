@@ -9,7 +9,7 @@ struct GemmDot : DotEngine {
     static constexpr int64_t BLOCK_DEPTH = 512;  // of a product at a time: a panel fills the first cache,
     static constexpr int64_t BLOCK_ROWS = 96;    // so many rows stay in the second
 
-    static constexpr int64_t FEW_ROWS = 24;       // to so many, products are faster as the weights lie
+    static constexpr int64_t FEW_ROWS = 24, PACKED_ROWS = 0, PACKING_ROWS = 6;  // as in gemm_fma.h, measured
     static constexpr bool KEEPS_WEIGHTS = false;  // whether packing for good pays: more rows hide it
     static constexpr bool LOSES_TINY = false;     // whether numbers below 2^-100 may count as 0
 

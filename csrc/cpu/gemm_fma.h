@@ -16,9 +16,15 @@ struct GemmFma : FmaEngine<S> {
     static constexpr int64_t BLOCK_DEPTH = 256;  // of a product at a time: a panel stays in the first cache,
     static constexpr int64_t BLOCK_ROWS = 96;    // so many rows in the second
 
-    static constexpr int64_t FEW_ROWS = 64;       // to so many, products are faster as the weights lie
+    // Measured: to so many rows, products are faster as the weights lie; to so many, where the rows are packed and not
+    // the weight, which takes the time of so many rows' products.
+    static constexpr int64_t FEW_ROWS = WIDTH == 16 ? 40 : 64;
+    static constexpr int64_t PACKED_ROWS = WIDTH == 16 ? 256 : 0;
+    static constexpr int64_t PACKING_ROWS = 6;
     static constexpr bool KEEPS_WEIGHTS = false;  // whether packing for good pays: more rows hide it
     static constexpr bool LOSES_TINY = false;     // whether numbers below 2^-100 may count as 0
+
+    static constexpr int64_t AHEAD = 16;  // rows
 
     // Panels of ROWS rows, each as long as BLOCK_DEPTH, then room for a vector.
     static constexpr int64_t LEFT_PANEL = ROWS * BLOCK_DEPTH + WIDTH;
@@ -34,7 +40,10 @@ struct GemmFma : FmaEngine<S> {
         for (int64_t i = 0; i < m; i++, source += stride) {
             Packed* to = buffer + i / ROWS * LEFT_PANEL + i % ROWS * BLOCK_DEPTH;
             int64_t j = 0;
-            for (; j + WIDTH <= k; j += WIDTH) store(to + j, load(source + j));
+            for (; j + WIDTH <= k; j += WIDTH) {
+                __builtin_prefetch(source + AHEAD * stride + j);  // rows far apart are fetched by nothing else
+                store(to + j, load(source + j));
+            }
             if (j < k) store(to + j, load_some(source + j, k - j));
         }
         return {buffer, false};
@@ -90,56 +99,66 @@ struct GemmFma : FmaEngine<S> {
         for (int64_t j = 0; j < n; j += PANEL) {
             // Torch sums a column or two by vectors, many short sums: so short are the pieces of few columns.
             const int64_t piece = n - j < PANEL / 2 ? SHORT_SUM : larger<int64_t>(k, 1);
-            for (int64_t l = 0; l == 0 || l < k; l += piece)
-                rows<TRANSPOSED>(c + j, stride, a + l * (TRANSPOSED ? ROWS : 1), b + j * depth + l * PANEL, m,
-                                 smaller(piece, k - l), accumulate || l > 0);
+            for (int64_t l = 0; l == 0 || l < k; l += piece) {
+                const float* left = a + l * (TRANSPOSED ? ROWS : 1);
+                const Packed* panel = b + j * depth + l * PANEL;
+                if (n - j > WIDTH)
+                    rows<2, TRANSPOSED>(c + j, stride, left, panel, m, smaller(piece, k - l), accumulate || l > 0);
+                else
+                    rows<1, TRANSPOSED>(c + j, stride, left, panel, m, smaller(piece, k - l), accumulate || l > 0);
+            }
         }
     }
 
-    template <bool TRANSPOSED>
+    // N: the vectors of a panel that are computed.
+    template <int N, bool TRANSPOSED>
     static void rows(float* c, int64_t stride, const float* a, const Packed* panel, int64_t m, int64_t k,
                      bool accumulate) {
         int64_t i = 0;
         for (; i + ROWS <= m; i += ROWS, c += ROWS * stride, a += LEFT_PANEL)
-            block<ROWS, TRANSPOSED>(c, stride, a, panel, k, accumulate);
-        rest<ROWS - 1, TRANSPOSED>(m - i, c, stride, a, panel, k, accumulate);
+            block<ROWS, N, TRANSPOSED>(c, stride, a, panel, k, accumulate);
+        rest<ROWS - 1, N, TRANSPOSED>(m - i, c, stride, a, panel, k, accumulate);
     }
 
-    template <int M, bool TRANSPOSED>
+    template <int M, int N, bool TRANSPOSED>
     static void rest(int64_t m, float* c, int64_t stride, const float* a, const Packed* panel, int64_t k,
                      bool accumulate) {
         if constexpr (M > 0) {
             if (m == M)
-                block<M, TRANSPOSED>(c, stride, a, panel, k, accumulate);
+                block<M, N, TRANSPOSED>(c, stride, a, panel, k, accumulate);
             else
-                rest<M - 1, TRANSPOSED>(m, c, stride, a, panel, k, accumulate);
+                rest<M - 1, N, TRANSPOSED>(m, c, stride, a, panel, k, accumulate);
         }
     }
 
-    template <int M, bool TRANSPOSED>
+    template <int M, int N, bool TRANSPOSED>
     static __attribute__((noinline)) void block(float* c, int64_t stride, const float* a, const Packed* panel,
                                                 int64_t k, bool accumulate) {
         constexpr int64_t ROW = TRANSPOSED ? 1 : BLOCK_DEPTH, COLUMN = TRANSPOSED ? ROWS : 1;
-        Floats sums[M][2];
+        Floats sums[M][N];
 #pragma GCC unroll 16
-        for (int i = 0; i < M; i++) {
-            __builtin_prefetch(c + i * stride);
-            __builtin_prefetch(c + i * stride + WIDTH);
-            sums[i][0] = sums[i][1] = Floats{};
-        }
+        for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) {
+                __builtin_prefetch(c + i * stride + j * WIDTH);
+                sums[i][j] = Floats{};
+            }
         for (int64_t l = 0; l < k; l++, panel += PANEL, a += COLUMN) {
-            const Floats b0 = load(panel), b1 = load(panel + WIDTH);
+            Floats b[N];
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++) b[j] = load(panel + j * WIDTH);
 #pragma GCC unroll 16
             for (int i = 0; i < M; i++) {
                 const float x = a[i * ROW];
-                sums[i][0] += b0 * x;
-                sums[i][1] += b1 * x;
+#pragma GCC unroll 2
+                for (int j = 0; j < N; j++) sums[i][j] += b[j] * x;
             }
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; i++) {  // added to C last: the sum of a block rounds as its own size does
-            store(c + i * stride, accumulate ? load(c + i * stride) + sums[i][0] : sums[i][0]);
-            store(c + i * stride + WIDTH, accumulate ? load(c + i * stride + WIDTH) + sums[i][1] : sums[i][1]);
+            float* to = c + i * stride;
+#pragma GCC unroll 2
+            for (int j = 0; j < N; j++, to += WIDTH) store(to, accumulate ? load(to) + sums[i][j] : sums[i][j]);
         }
     }
 };

@@ -67,6 +67,7 @@ def test_every_remainder_of_features(features: int, dtype: torch.dtype, seed: in
         Case("tokens", leading=(1030,), d_in=16, d_ff=24, activation="silu", gated=True, dropout_p=0.1, residual=True,
              residual_dropout_p=0.2),
         Case("tokens", leading=(1030,), d_in=16, d_ff=24, activation="gelu", gated=True, recompute=True),
+        Case("d_ff", leading=(64,), d_in=300, d_ff=600, activation="silu", gated=True, dropout_p=0.1, residual=True),
         Case("depth", leading=(20,), d_in=1040, d_ff=30, activation="gelu", gated=True),
         Case("columns", leading=(20,), d_in=30, d_ff=1040, activation="relu2", gated=True, dropout_p=0.1),
     ],

@@ -78,7 +78,9 @@ def test_every_remainder_of_features(features: int, dtype: torch.dtype, seed: in
 @built
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(530, 70, 530), (70, 1100, 33), (1100, 33, 70), (40, 30, 1040), (5, 1090, 70)], ids=str
+    "sizes",
+    [(530, 70, 530), (70, 1100, 33), (1100, 33, 70), (40, 30, 1040), (5, 1090, 70), (48, 1100, 600), (250, 300, 600)],
+    ids=str,
 )
 def test_more_than_a_block(sizes: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
     check_each_level(make(*sizes, dtype, seed))
