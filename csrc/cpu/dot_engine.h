@@ -29,8 +29,11 @@ struct DotEngine : PairedOperands<BFloat16, 2> {
     static Left left(const Scalar* source, int64_t stride, int64_t m, int64_t k, Packed* buffer) {
         const int64_t width = round_up(k, 2 * WIDTH);
         for (int64_t i = 0; i < m; i++)
-            for (int64_t j = 0; j < k; j += 2 * WIDTH)
-                store_words(buffer + i * width + j, load_some_words(source + i * stride + j, k - j));
+            for (int64_t j = 0; j < k; j += 2 * WIDTH) {
+                const Scalar* from = source + i * stride + j;
+                __builtin_prefetch(from + AHEAD * stride);
+                store_words(buffer + i * width + j, load_some_words(from, k - j));
+            }
         return {buffer, width, 2};
     }
 
@@ -38,9 +41,17 @@ struct DotEngine : PairedOperands<BFloat16, 2> {
     static Left left_transposed(Left, const Scalar* source, int64_t stride, int64_t m, int64_t k, Packed* buffer) {
         const int64_t width = 2 * round_up(k, WIDTH);
         for (int64_t i = 0; i < m; i += 2, source += 2 * stride)
-            for (int64_t j = 0; j < k; j += WIDTH)
-                pair_rows<false>(buffer + i / 2 * width + 2 * j, 0, load_some(source + j, k - j),
-                                 i + 1 < m ? load_some(source + stride + j, k - j) : Floats{});
+            for (int64_t j = 0; j < k; j += 2 * WIDTH) {
+                const Scalar* row = source + j;
+                __builtin_prefetch(row + AHEAD * stride);
+                __builtin_prefetch(row + (AHEAD + 1) * stride);
+                Packed* to = buffer + i / 2 * width + 2 * j;
+                Words low, high;
+                interleave(load_some_words(row, k - j), i + 1 < m ? load_some_words(row + stride, k - j) : Words{}, low,
+                           high);
+                store_words(to, low);
+                if (j + WIDTH < k) store_words(to + 2 * WIDTH, high);
+            }
         return {buffer, 2, width};
     }
 

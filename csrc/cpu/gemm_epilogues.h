@@ -83,8 +83,8 @@ class ColumnSums {
     }
 
   private:
-    static constexpr int VECTORS = 4;
-    static constexpr int64_t COLUMNS = VECTORS * WIDTH;
+    static constexpr int VECTORS = 8;
+    static constexpr int64_t COLUMNS = VECTORS * WIDTH, AHEAD = 16;  // rows
     // The sum of many rows is rounded once in float64, and an infinity stays one, as it would not in a sum that carries
     // its own error along. By four rows: conversions are slow.
     typedef double Doubles __attribute__((vector_size(WIDTH * sizeof(double))));
@@ -100,7 +100,10 @@ class ColumnSums {
 
     void compute(int64_t j) const {
         Doubles totals[VECTORS] = {};
-        for (int64_t i = 0; i < rows_; i += 4)
+        for (int64_t i = 0; i < rows_; i += 4) {
+            for (int64_t row = i; row < i + 4; row++)
+                for (int64_t column = j; column < j + COLUMNS; column += 64 / sizeof(S))
+                    __builtin_prefetch(at<S>(x_, row + AHEAD, column));  // rows far apart are fetched by nothing else
             for (int v = 0; v < VECTORS; v++) {
                 const int64_t column = j + v * WIDTH;
                 auto x = [&](int64_t row) {
@@ -108,6 +111,7 @@ class ColumnSums {
                 };
                 totals[v] += __builtin_convertvector((x(i) + x(i + 1)) + (x(i + 2) + x(i + 3)), Doubles);
             }
+        }
         for (int v = 0; v < VECTORS; v++) {
             const int64_t column = j + v * WIDTH, n = columns_ - column;
             Floats total = __builtin_convertvector(totals[v], Floats);

@@ -37,14 +37,13 @@ struct PairedOperands {
 
     static void pack_right(Packed* to, int64_t depth, const Scalar* source, int64_t stride, int64_t k, int64_t n,
                            const float* bias = nullptr) {
-        for (int64_t j = 0; j < round_up(n, PANEL); j += WIDTH) {
-            auto row = [&](int64_t at) {
-                const bool used = at < k && !(bias && bias[at] == -INFINITE);
-                return used ? load_some(source + at * stride + j, n - j) : Floats{};
-            };
+        constexpr int64_t STRETCH = 4 * PANEL;  // of a row at a time: whole lines, and few pages that are written
+        auto used = [&](int64_t at) { return at < k && !(bias && bias[at] == -INFINITE); };
+        for (int64_t first = 0; first < n; first += STRETCH)
             for (int64_t i = 0; i < depth; i += 2)
-                pair_rows<false>(right_row(to, depth, i, j), depth, row(i), row(i + 1));
-        }
+                for (int64_t j = first; j < smaller(n, first + STRETCH); j += PANEL)
+                    pack_pair(right_row(to, depth, i, j), depth, source + i * stride + j, stride, used(i), used(i + 1),
+                              n - j);
     }
 
     static void pack_right_transposed(Packed* to, const Scalar* source, int64_t stride, int64_t n, int64_t k,
@@ -98,6 +97,25 @@ struct PairedOperands {
     }
 
   protected:
+    static constexpr int64_t AHEAD = 16;  // rows, which are far apart: nothing else fetches them
+
+    // A panel's part of two rows, of `count` columns; of those that are not used zeros.
+    static FF_INLINE void pack_pair(Packed* to, int64_t depth, const Scalar* row, int64_t stride, bool first,
+                                    bool second, int64_t count) {
+        __builtin_prefetch(row + AHEAD * stride);
+        __builtin_prefetch(row + (AHEAD + 1) * stride);
+        if constexpr (PARTS == 1) {
+            Words low, high;
+            interleave(first ? load_some_words(row, count) : Words{},
+                       second ? load_some_words(row + stride, count) : Words{}, low, high);
+            store_words(to, low), store_words(to + 2 * WIDTH, high);
+        } else {
+            for (int64_t j = 0; j < PANEL; j += WIDTH)
+                pair_rows<false>(to + 2 * j, depth, first ? load_some(row + j, count - j) : Floats{},
+                                 second ? load_some(row + stride + j, count - j) : Floats{});
+        }
+    }
+
     static FF_INLINE Packed* right_row(Packed* to, int64_t depth, int64_t i, int64_t j) {  // i even
         return to + round_down(j, PANEL) * depth * PARTS + i * PANEL + j % PANEL * 2;
     }

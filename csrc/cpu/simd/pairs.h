@@ -28,6 +28,16 @@ FF_INLINE Words broadcast_word(const BFloat16* pair) {
     return word - Words{};
 }
 
+// The numbers of a and of b in turn.
+FF_INLINE void interleave(Words a, Words b, Words& low, Words& high) {
+    typedef uint16_t Numbers __attribute__((vector_size(4 * WIDTH)));
+    Numbers from = {};
+    for (int i = 0; i < 2 * WIDTH; i++) from[i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * WIDTH);
+    const auto x = reinterpret_cast<Numbers>(a), y = reinterpret_cast<Numbers>(b);
+    low = reinterpret_cast<Words>(__builtin_shuffle(x, y, from));
+    high = reinterpret_cast<Words>(__builtin_shuffle(x, y, from + static_cast<uint16_t>(WIDTH)));
+}
+
 #ifdef FF_EMULATE
 
 FF_INLINE Halves to_bfloat16(Floats x) { return narrow(BFloat16{}, x); }
