@@ -10,7 +10,7 @@ import fusedformer
 from tests.cases import Inputs
 
 from .cases import AttentionCase, flops, moved_bytes, operand_bytes
-from .ceilings import NATIVE, Ceilings, native_level
+from .ceilings import NATIVE, READ, Ceilings, native_level, reading
 from .gate import Gate
 from .memory import peak_bytes
 from .options import Options
@@ -32,6 +32,7 @@ from .timing import (
     GRAPH_BELOW_SECONDS,
     graph_seconds,
     measure,
+    median_of,
     paired_ratio,
     stopwatch_for,
     summary,
@@ -141,7 +142,10 @@ def _timed(
     """The rows with their timings, torch set to the ceiling's threads; what did not run or is wrong has none."""
     direction = rows[0].direction
     subjects = {peer.name: subject(peer, inputs, direction) for peer in contenders}
+    if rows[0].read_floor is not None:
+        subjects |= reading((inputs.query, inputs.key, inputs.value))
     samples = measure(subjects, stopwatch_for(options.device_type), options.budget)
+    reads = median_of(samples.pop(READ, None))
     timings = {name: summary(values) for name, values in samples.items()}
     if options.device_type == "cuda":
         for name, timing in timings.items():
@@ -155,7 +159,7 @@ def _timed(
         row = replace(row, threads=ceiling.threads, timing=timings.get(row.peer))
         if row.timing is not None:
             seconds, working_set = row.timing.median, operand_bytes(inputs)
-            shares = ceiling.shares(row.dtype, seconds, row.flops, row.moved_bytes, working_set)
+            shares = ceiling.shares(row.dtype, seconds, row.flops, row.moved_bytes, working_set, reads)
             row = replace(row, shares=shares)
             if row.is_ours and best is not None:
                 row = replace(row, best_peer=best, speedup=timings[best].median / seconds)

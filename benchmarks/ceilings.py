@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedformer.kernels.common import native
 
@@ -16,6 +18,7 @@ from .timing import Subject, measure, stopwatch_for, summary
 BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192}
 BFLOAT16_UNITS = {"amx": ("amx", "dot"), "avx512_bf16": ("dot",)}  # of a level of the native kernels, beside FMA
+READ = "read"  # the share, and what is timed for it
 NATIVE = "cpu"  # the backend whose units and levels these are
 
 
@@ -40,14 +43,25 @@ class Ceilings:
     units: dict[str, float] = field(default_factory=dict)
     read: float | None = None
 
-    def shares(self, dtype: str, seconds: float, flops: float, moved: float, working_set: int) -> dict[str, float]:
+    def shares(
+        self,
+        dtype: str,
+        seconds: float,
+        flops: float,
+        moved: float,
+        working_set: int,
+        reading_seconds: float | None = None,
+    ) -> dict[str, float]:
         """What share of each ceiling is reached by so much work, so many bytes moved in so many seconds.
 
-        Reading is measured at the working set, in bytes, with as many threads as torch is set to.
+        Reading is held against ``reading_seconds``, which the working set, in bytes, took to be read between the
+        timings; without, against reading as much again and again, with as many threads as torch is set to.
         """
         if self.units:
             shares = {unit: flops / seconds / rate for unit, rate in self.units.items()}
-            return shares | {"read": moved / seconds / read_rate(working_set, self.threads, self.level)}
+            if reading_seconds is None:
+                return shares | {READ: moved / seconds / read_rate(working_set, self.threads, self.level)}
+            return shares | {READ: moved / seconds * reading_seconds / working_set}
         # No dtype is held to less than fp32's rate: any can be computed in it.
         rate = max(self.matmul[dtype], self.matmul["fp32"])
         return {"matmul": flops / seconds / rate, "copy": moved / seconds / self.bandwidth}
@@ -84,6 +98,17 @@ def read_rate(working_set: int, threads: int, level: str) -> float:
     assert (threads, level) == (torch.get_num_threads(), native_level())
     rate: float = _operators().cpu_ceiling("read", working_set)
     return rate
+
+
+def reading(tensors: Iterable[Tensor]) -> dict[str, Subject]:
+    """What to time in turn with a case that must read these contiguous tensors: reading them and no more.
+
+    Nothing where the native kernels, whose vectors read, are not built.
+    """
+    if not native_level():
+        return {}
+    given = [x.detach().view(-1).view(torch.uint8) for x in tensors]
+    return {READ: Subject(partial(_operators().cpu_read, given))}
 
 
 def native_level() -> str:

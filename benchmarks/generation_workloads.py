@@ -60,7 +60,8 @@ class DecodingStep:
         model = self._model(torch.device(device)).to(device, DTYPES[dtype])
         cache, token = self._start(model, device)
         cached = [*cache.keys, *cache.values, *(x for both in cache.memory for x in both)]
-        read = sum(x.nbytes // x.size(2) * self.cached for x in cached) + sum(x.nbytes for x in self._read(model))
+        weights = self._read(model)
+        read = sum(x.nbytes // x.size(2) * self.cached for x in cached) + sum(x.nbytes for x in weights)
 
         @torch.inference_mode()
         def step() -> Tensor:
@@ -68,7 +69,7 @@ class DecodingStep:
             cache.truncate(self.cached)
             return logits
 
-        return Prepared({OURS: step}, read)
+        return Prepared({OURS: step}, read, [*weights, *cached])
 
     def ours(self, dtype: str, device: str) -> Results:
         model = self._model(torch.device(device)).to(device, DTYPES[dtype])

@@ -11,14 +11,14 @@ from torch import Tensor
 
 import fusedformer
 
-from .ceilings import NATIVE, Ceilings, native_level
+from .ceilings import NATIVE, READ, Ceilings, native_level, reading
 from .gate import judge
 from .layer_cases import Function, LayerCase, LayerInputs
 from .memory import kept_bytes, peak_bytes
 from .options import Options
 from .peers import Results, failures
 from .rows import OURS, LayerRow
-from .timing import Subject, measure, paired_ratio, stopwatch_for, summary, threads_set_to
+from .timing import Subject, measure, median_of, paired_ratio, stopwatch_for, summary, threads_set_to
 
 EAGER, COMPILED = "eager", "compiled"
 ATTEMPTS = 2  # at eager's error, which of so many numbers varies little
@@ -160,7 +160,10 @@ def _timed(
     """The rows with their timings, torch set to the ceiling's threads; what did not run or is wrong has none."""
     inputs = inputs.without_seed()
     subjects = {peer.name: Subject(subject(peer.function, inputs, case.direction)) for peer in ready}
+    if case.read_floor is not None:
+        subjects |= reading(inputs.tensors.values())
     samples = measure(subjects, stopwatch_for(options.device_type), options.budget)
+    reads = median_of(samples.pop(READ, None))
     timings = {name: summary(values) for name, values in samples.items()}
     best = min((name for name in timings if name != OURS), key=lambda name: timings[name].median, default=None)
     working_set = sum(x.numel() * x.element_size() for x in inputs.tensors.values())
@@ -169,7 +172,8 @@ def _timed(
         row = replace(row, threads=ceiling.threads, timing=timings.get(row.peer))
         if row.timing is not None:
             seconds = row.timing.median
-            row = replace(row, shares=ceiling.shares(row.dtype, seconds, row.flops, row.moved_bytes, working_set))
+            shares = ceiling.shares(row.dtype, seconds, row.flops, row.moved_bytes, working_set, reads)
+            row = replace(row, shares=shares)
             if row.is_ours and best is not None:
                 ratio = paired_ratio(samples[best], samples[OURS])
                 row = replace(row, best_peer=best, speedup=timings[best].median / seconds, ratio=ratio)

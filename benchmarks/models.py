@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from fusedformer.kernels.common.backend import record_decisions
 
-from .ceilings import NATIVE, Ceilings, native_level
+from .ceilings import NATIVE, READ, Ceilings, native_level, reading
 from .gate import judge
 from .memory import peak_bytes
 from .model_cases import ModelCase
 from .options import Options
 from .peers import failures
 from .rows import OURS, TransformerRow
-from .timing import Subject, measure, paired_ratio, stopwatch_for, summary, threads_set_to
+from .timing import Subject, measure, median_of, paired_ratio, stopwatch_for, summary, threads_set_to
 from .workloads import Prepared
 
 ROUNDS = 10  # times the budget of a small case
@@ -107,7 +107,10 @@ def _timed(
     """The rows with their timings, torch set to the ceiling's threads; what did not run or is wrong has none."""
     ready = [row.peer for row in rows if row.status == "ok"]
     subjects = {peer: Subject(call) for peer, call in prepared.calls.items() if peer in ready}
+    if case.read_floor is not None:
+        subjects |= reading(prepared.read)
     samples = measure(subjects, stopwatch_for(options.device_type), ROUNDS * options.budget)
+    reads = median_of(samples.pop(READ, None))
     timings = {peer: summary(values) for peer, values in samples.items()}
     best = min((peer for peer in timings if peer != OURS), key=lambda peer: timings[peer].median, default=None)
     done = []
@@ -115,7 +118,7 @@ def _timed(
         row = replace(row, threads=ceiling.threads, timing=timings.get(row.peer), moved_bytes=prepared.read_bytes)
         if row.timing is not None:
             seconds, moved = row.timing.median, row.moved_bytes
-            row = replace(row, shares=ceiling.shares(case.dtype, seconds, row.flops, moved, max(moved, 1)))
+            row = replace(row, shares=ceiling.shares(case.dtype, seconds, row.flops, moved, max(moved, 1), reads))
             if row.is_ours and best is not None:
                 ratio = paired_ratio(samples[best], samples[OURS])
                 row = replace(row, best_peer=best, speedup=timings[best].median / seconds, ratio=ratio)

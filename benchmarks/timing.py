@@ -136,6 +136,11 @@ def summary(samples: Sequence[float]) -> Timing:
     return Timing(statistics.median(samples), fifths[0], fifths[3], len(samples))
 
 
+def median_of(samples: Sequence[float] | None) -> float | None:
+    """Nothing where nothing was timed."""
+    return statistics.median(samples) if samples else None
+
+
 def paired_ratio(samples: Sequence[float], ours: Sequence[float]) -> float:
     """The median over the rounds of what was sampled over ours of the same round, so that no drift enters."""
     return statistics.median(other / own for other, own in zip(samples, ours, strict=False))

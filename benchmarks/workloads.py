@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ FEW = 16  # by which a workload is divided to see how long it would take
 
 @dataclass(frozen=True)
 class Prepared:
-    """A workload made ready: what to call of each peer, ours first; and the bytes that one call must read."""
+    """A workload made ready: what to call of each peer, ours first; the bytes that one call must read, and of what."""
 
     calls: dict[str, Call]
     read_bytes: int = 0
+    read: Sequence[Tensor] = ()
 
 
 class Workload(Protocol):

@@ -155,6 +155,8 @@ def test_shares_are_of_each_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     native_ones = replace(CEILINGS, level="amx", units={"AMX": 1e12, "FMA": 1e11})
     monkeypatch.setattr(ceilings, "read_rate", lambda working_set, threads, level: 1e9 * working_set)
     assert native_ones.shares("bf16", 1.0, 1e11, 1e9, 4) == {"AMX": 0.1, "FMA": 1.0, "read": 0.25}
+    # Of as much as was read in half the time, between the timings, not of reading it again and again.
+    assert native_ones.shares("bf16", 1.0, 1e11, 1e9, int(1e9), 0.5)["read"] == 0.5
 
 
 def test_ceilings_are_measured() -> None:
@@ -181,6 +183,19 @@ def test_native_ceilings_are_those_of_a_processor() -> None:
                         assert 1e9 < rate(unit, 0) < 1e14, level
                     assert 1e9 < rate("read", 1 << 20) < 1e13, level
                     assert rate("read", 64) > 0.0, level  # less than any loop reads at once
+
+
+@NEEDS_EXTENSION
+def test_tensors_are_read_whole() -> None:
+    for threads in (1, 2):
+        with threads_set_to(threads):
+            tensors = [torch.randn(1000, 257), torch.randn(64).bfloat16()]
+            read = ceilings.reading(tensors)[ceilings.READ].call()
+            assert isinstance(read, int)
+            given = sum(x.nbytes for x in tensors)
+            assert given - 2 * threads * 1024 <= read <= given  # but for what is less than a loop reads
+    with pytest.raises(ValueError, match="tensors: got one that is not contiguous or not of bytes"):
+        torch.ops.fusedformer_native.cpu_read([torch.randn(3)])
 
 
 @NEEDS_EXTENSION

@@ -133,18 +133,18 @@ bool are_blocks(const DecodeProblem& p, int64_t blocks) {
 
 // A step of decoding by the shortest way, as attention_plain.cpp does it for attention: nothing has been appended where
 // it returns nothing.
-std::optional<Tensor> plain(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor key,
-                            Tensor value, MaybeTensor block_table, std::optional<double> scale, bool is_causal) {
-    if (!is_computed(query)) return std::nullopt;
+std::optional<Tensor> plain(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, MaybeTensor key,
+                            MaybeTensor value, MaybeTensor block_table, std::optional<double> scale, bool is_causal) {
+    if (!is_computed(query) || key.has_value() != value.has_value()) return std::nullopt;
     DecodeProblem p;
     p.type = type_of(query);
-    for (const Tensor* x : {&query, &key, &value})
-        if (!is_read(*x, p.type)) return std::nullopt;
+    for (const Tensor* x : {&query, key ? &*key : nullptr, value ? &*value : nullptr})
+        if (x && !is_read(*x, p.type)) return std::nullopt;
     const auto [batch, heads, len_q, head_dim] = sizes(query);
-    p.batch = batch, p.heads = heads, p.len_q = len_q, p.head_dim = head_dim, p.appended = key.size(2);
+    p.batch = batch, p.heads = heads, p.len_q = len_q, p.head_dim = head_dim, p.appended = key ? key->size(2) : 0;
     const auto lengths = use_cache(p, key_cache, value_cache, cache_seqlens, block_table);
-    if (!lengths || sizes(key) != Sizes{batch, p.heads_kv, p.appended, head_dim}) return std::nullopt;
-    if (sizes(value) != Sizes{batch, p.heads_kv, p.appended, p.head_dim_v}) return std::nullopt;
+    if (!lengths || (key && sizes(*key) != Sizes{batch, p.heads_kv, p.appended, head_dim})) return std::nullopt;
+    if (value && sizes(*value) != Sizes{batch, p.heads_kv, p.appended, p.head_dim_v}) return std::nullopt;
     p.lengths = lengths->data();
     p.query = rows(query);
     p.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
@@ -154,7 +154,10 @@ std::optional<Tensor> plain(Tensor query, Tensor key_cache, Tensor value_cache, 
     const Sizes strides = dense_strides(shape, {query.stride(0), query.stride(1), query.stride(2), 1});
     Tensor out = new_tensor(query, 4, shape.data(), strides.data());
     const std::unique_ptr<float[]> lse(new float[batch * heads * len_q]);
-    append_and_attend(p, rows(key), rows(value), rows(out), lse.get());
+    if (key)
+        append_and_attend(p, rows(*key), rows(*value), rows(out), lse.get());
+    else
+        attend(p, rows(out), lse.get());
     return out;
 }
 
@@ -223,7 +226,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
         "int window_left, int window_right, float softcap, Tensor(c!) out, Tensor(d!) lse) -> ()");
     m.def(
         "attention_decode_plain_cpu(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
-        "Tensor key, Tensor value, Tensor? block_table, float? scale, bool is_causal) -> Tensor?");
+        "Tensor? key, Tensor? value, Tensor? block_table, float? scale, bool is_causal) -> Tensor?");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CPU, m) {

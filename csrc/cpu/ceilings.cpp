@@ -1,6 +1,8 @@
 // What this machine reaches at best on as many threads as torch uses: FLOP/s of multiply-add, of dot products of
-// pairs or of tile products, bytes/s read from a working set.
+// pairs or of tile products, bytes/s read from a working set. And reading by itself, of memory that something else
+// reads.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <chrono>
 #include <cstdlib>
@@ -83,10 +85,29 @@ double cpu_ceiling(std::string kind, int64_t bytes) {
     return threads.threads * m.work / least;
 }
 
+// Reads contiguous tensors of bytes once; returns how many. Each thread leaves out what is less than a loop reads.
+int64_t cpu_read(std::vector<torch::stable::Tensor> tensors) {
+    const Runtime threads = runtime();
+    double read = 0.0;
+    for (const auto& tensor : tensors) {
+        if (tensor.element_size() != 1 || !tensor.is_contiguous())
+            throw std::invalid_argument("tensors: got one that is not contiguous or not of bytes");
+        Measurement m{Ceiling::read, chosen_kernels(), static_cast<char*>(tensor.data_ptr()),
+                      tensor.numel() / threads.threads / 64 * 64, 1};
+        threads.parallel(threads.threads, work, &m);
+        read += threads.threads * m.work;
+    }
+    return static_cast<int64_t>(read);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) { m.def("cpu_ceiling(str kind, int bytes) -> float"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedformer_native, m) {
+    m.def("cpu_ceiling(str kind, int bytes) -> float");
+    m.def("cpu_read(Tensor[] tensors) -> int");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fusedformer_native, CompositeExplicitAutograd, m) {
     m.impl("cpu_ceiling", TORCH_BOX(&cpu_ceiling));
+    m.impl("cpu_read", TORCH_BOX(&cpu_read));
 }

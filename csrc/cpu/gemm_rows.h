@@ -42,7 +42,7 @@ template <class S>
 struct ChunkProducts {
     using Number = float;
     // How many rows of the weight are multiplied at a time, by how many rows they are multiplied with.
-    static constexpr int TOGETHER[] = {0, sizeof(S) == 4 ? 8 : 4, 4, 3, 2};
+    static constexpr int TOGETHER[] = {0, 1, 4, 3, 2};
 
     static FF_INLINE Chunk load(const S* from) { return load_chunk(from); }
 
@@ -93,7 +93,7 @@ struct ChunkProducts {
 template <>
 struct ChunkProducts<BFloat16> {
     using Number = BFloat16;
-    static constexpr int TOGETHER[] = {0, 4, 6, 4, 4};
+    static constexpr int TOGETHER[] = {0, 1, 4, 4, 4};
 
     static FF_INLINE Words load(const BFloat16* from) { return load_words(from); }
     static FF_INLINE Words load_some(const BFloat16* from, int64_t count) { return load_some_words(from, count); }
@@ -232,45 +232,57 @@ class FewRows {
 
     template <int M>
     static void columns(const Block& b, const Number* x, float* c) {
-        constexpr int N = Chunks::TOGETHER[M];
+        constexpr int N = Chunks::TOGETHER[M], GROUP = larger(N, WIDTH / M / N * N);
         int64_t j = 0;
-        for (; j + N <= b.n; j += N) b.k % STEP == 0 ? dots<M, N, true>(b, j, x, c + j) : dots<M, N>(b, j, x, c + j);
-        for (; j < b.n; j++) dots<M, 1>(b, j, x, c + j);
+        for (; j + GROUP <= b.n; j += GROUP) dots<M, N, GROUP>(b, j, x, c + j);
+        for (; j < b.n; j++) dots<M, 1, 1>(b, j, x, c + j);
     }
 
-    static constexpr int64_t LINE = 64 / sizeof(S), STEP = larger(LINE, CHUNK);
-
-    // M rows times N rows of the weight. Nothing is fetched between one loop and the next, so little stands there.
-    template <int M, int N, bool WHOLE_STEPS = false>
+    // M rows times GROUP rows of the weight, N of them at a time. One by one they are read as memory is read fastest,
+    // in one stretch, by as many chains of sums as hide what they wait for; several at a time are fetched. Nothing is
+    // between one loop and the next, so little stands there.
+    template <int M, int N, int GROUP>
     static __attribute__((noinline)) void dots(const Block& b, int64_t j, const Number* x, float* c) {
-        constexpr int64_t COUNT = round_up(M * N, WIDTH);
-        const S* const weight = b.weight + j * b.row;
+        constexpr int CHAINS = M == 1 ? 8 : 1, LINE = 64 / sizeof(S), COUNT = round_up(GROUP * M, WIDTH);
+        constexpr int64_t STEP = larger<int64_t>(LINE, CHAINS * CHUNK);
+        const S* weight = b.weight + j * b.row;
         const int64_t row = b.row, x_row = b.x_row, k = b.k, beyond = j + b.ahead - b.rows;
         const S* const next = beyond < 0 ? weight + b.ahead * row : b.then + beyond * row;
-        Floats sums[M * N] = {};
-        int64_t l = 0;
-        for (; l + STEP <= k; l += STEP) {
-#pragma GCC unroll 8
-            for (int i = 0; i < N; i++)
-#pragma GCC unroll 8
-                for (int64_t at = l; at < l + STEP; at += LINE) __builtin_prefetch(next + i * row + at, 0, 2);
-#pragma GCC unroll 8
-            for (int64_t at = l; at < l + STEP; at += CHUNK)
-                Chunks::template add<M, N>(sums, x + at, x_row,
-                                           [&](int i) { return Chunks::load(weight + i * row + at); });
-        }
-        for (; !WHOLE_STEPS && l < k; l += CHUNK)
-            Chunks::template add<M, N>(sums, x + l, x_row,
-                                       [&](int i) { return Chunks::load_some(weight + i * row + l, k - l); });
         Floats all[COUNT];
+#pragma GCC unroll 16
+        for (int i = GROUP * M; i < COUNT; i++) all[i] = Floats{};
+        for (int g = 0; g < GROUP; g += N, weight += N * row) {
+            Floats sums[CHAINS * M * N] = {};
+            int64_t l = 0;
+            for (; l + STEP <= k; l += STEP) {
+                if constexpr (M > 1)
 #pragma GCC unroll 8
-        for (int i = 0; i < COUNT; i++) all[i] = i < M * N ? sums[i] : Floats{};
+                    for (int i = 0; i < N; i++)
+#pragma GCC unroll 8
+                        for (int64_t at = l; at < l + STEP; at += LINE)
+                            __builtin_prefetch(next + (g + i) * row + at, 0, 2);
+#pragma GCC unroll 8
+                for (int64_t at = 0; at < STEP; at += CHUNK)
+                    Chunks::template add<M, N>(sums + at / CHUNK % CHAINS * M * N, x + l + at, x_row,
+                                               [&](int i) { return Chunks::load(weight + i * row + l + at); });
+            }
+            for (; l < k; l += CHUNK)
+                Chunks::template add<M, N>(sums, x + l, x_row,
+                                           [&](int i) { return Chunks::load_some(weight + i * row + l, k - l); });
+#pragma GCC unroll 16
+            for (int i = 0; i < M * N; i++) {
+                Floats sum = sums[i];
+#pragma GCC unroll 8
+                for (int chain = 1; chain < CHAINS; chain++) sum += sums[chain * M * N + i];
+                all[g * M + i % N * M + i / N] = sum;
+            }
+        }
         float lanes[COUNT];
 #pragma GCC unroll 8
         for (int i = 0; i < COUNT; i += WIDTH) store(lanes + i, sums_of_lanes<WIDTH>(all + i));
-#pragma GCC unroll 8
-        for (int i = 0; i < M * N; i++) {
-            float& to = c[i / N * COLUMNS + i % N];
+#pragma GCC unroll 16
+        for (int i = 0; i < GROUP * M; i++) {
+            float& to = c[i % M * COLUMNS + i / M];
             to = b.accumulate ? to + lanes[i] : lanes[i];
         }
     }

@@ -123,8 +123,7 @@ def attention_with_kvcache(
     et al., 2023); pages: PagedAttention (Kwon et al., 2023).
     """
     no_rules = window is None and softcap is None and alibi_slopes is None and sinks is None and not return_lse
-    is_plain = no_rules and key is not None and value is not None and (scale is None or type(scale) is float)
-    if is_plain and is_free_to("cpu", backend):
+    if no_rules and (scale is None or type(scale) is float) and is_free_to("cpu", backend):
         tensors = (query, key_cache, value_cache, cache_seqlens, key, value, block_table)
         out = native.short_way("attention_decode_plain_cpu", tensors, scale, bool(is_causal))
         if out is not None:
