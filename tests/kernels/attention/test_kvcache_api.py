@@ -113,11 +113,14 @@ PLAIN: dict[str, dict[str, Any]] = {
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page", [None, 7])
+@pytest.mark.parametrize("appends", [True, False], ids=["appends", "reads"])
 @pytest.mark.parametrize("said", PLAIN)
 def test_the_short_way_gives_what_the_long_one_does(
-    said: str, page: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
+    said: str, appends: bool, page: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     cache = make_cache(**PLAIN[said], dtype=dtype)
+    if not appends:
+        cache.options = {name: x for name, x in cache.options.items() if name not in ("key", "value")}
     if page is not None:
         cache = cache.paged(page)
     cache.query = cache.query.transpose(1, 2).contiguous().transpose(1, 2)  # as a projection leaves it
@@ -142,9 +145,10 @@ def test_the_short_way_gives_what_the_long_one_does(
 @built
 def test_the_short_way_is_left_where_there_is_more_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_short(lambda: call(**good()), monkeypatch)
+    assert is_short(lambda: call(**good() | {"key": None, "value": None}), monkeypatch)
     for options in (
         {"window": (3, 3)}, {"softcap": 1.0}, {"alibi_slopes": torch.ones(4)}, {"sinks": torch.ones(4)},
-        {"return_lse": True}, {"backend": "reference"}, {"key": None, "value": None},
+        {"return_lse": True}, {"backend": "reference"},
     ):  # fmt: skip
         assert not is_short(lambda: call(**good() | options), monkeypatch), options  # noqa: B023
 
