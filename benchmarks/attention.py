@@ -10,7 +10,7 @@ import fusedformer
 from tests.cases import Inputs
 
 from .cases import AttentionCase, flops, moved_bytes, operand_bytes
-from .ceilings import NATIVE, READ, Ceilings, native_level, reading
+from .ceilings import NATIVE, READ, Ceilings, native_level
 from .gate import Gate
 from .memory import peak_bytes
 from .options import Options
@@ -143,7 +143,7 @@ def _timed(
     direction = rows[0].direction
     subjects = {peer.name: subject(peer, inputs, direction) for peer in contenders}
     if rows[0].read_floor is not None:
-        subjects |= reading((inputs.query, inputs.key, inputs.value))
+        subjects |= ceiling.reading((inputs.query, inputs.key, inputs.value))
     samples = measure(subjects, stopwatch_for(options.device_type), options.budget)
     reads = median_of(samples.pop(READ, None))
     timings = {name: summary(values) for name, values in samples.items()}

@@ -66,6 +66,16 @@ class Ceilings:
         rate = max(self.matmul[dtype], self.matmul["fp32"])
         return {"matmul": flops / seconds / rate, "copy": moved / seconds / self.bandwidth}
 
+    def reading(self, tensors: Iterable[Tensor]) -> dict[str, Subject]:
+        """What to time in turn with a case that must read these tensors: reading them and no more.
+
+        Nothing where ``shares`` has no reading, on a GPU or without the native kernels, whose vectors read.
+        """
+        if not self.units:
+            return {}
+        given = [x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors]
+        return {READ: Subject(partial(_operators().cpu_read, given))}
+
 
 def measure_ceilings(device_type: str, quick: bool = False) -> Ceilings:
     """With as many threads as torch is set to. On random numbers: zeros take less power, so clocks rise."""
@@ -98,17 +108,6 @@ def read_rate(working_set: int, threads: int, level: str) -> float:
     assert (threads, level) == (torch.get_num_threads(), native_level())
     rate: float = _operators().cpu_ceiling("read", working_set)
     return rate
-
-
-def reading(tensors: Iterable[Tensor]) -> dict[str, Subject]:
-    """What to time in turn with a case that must read these contiguous tensors: reading them and no more.
-
-    Nothing where the native kernels, whose vectors read, are not built.
-    """
-    if not native_level():
-        return {}
-    given = [x.detach().view(-1).view(torch.uint8) for x in tensors]
-    return {READ: Subject(partial(_operators().cpu_read, given))}
 
 
 def native_level() -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusedformer
 
-from .ceilings import NATIVE, READ, Ceilings, native_level, reading
+from .ceilings import NATIVE, READ, Ceilings, native_level
 from .gate import judge
 from .layer_cases import Function, LayerCase, LayerInputs
 from .memory import kept_bytes, peak_bytes
@@ -161,7 +161,7 @@ def _timed(
     inputs = inputs.without_seed()
     subjects = {peer.name: Subject(subject(peer.function, inputs, case.direction)) for peer in ready}
     if case.read_floor is not None:
-        subjects |= reading(inputs.tensors.values())
+        subjects |= ceiling.reading(inputs.tensors.values())
     samples = measure(subjects, stopwatch_for(options.device_type), options.budget)
     reads = median_of(samples.pop(READ, None))
     timings = {name: summary(values) for name, values in samples.items()}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fusedformer.kernels.common.backend import record_decisions
 
-from .ceilings import NATIVE, READ, Ceilings, native_level, reading
+from .ceilings import NATIVE, READ, Ceilings, native_level
 from .gate import judge
 from .memory import peak_bytes
 from .model_cases import ModelCase
@@ -108,7 +108,7 @@ def _timed(
     ready = [row.peer for row in rows if row.status == "ok"]
     subjects = {peer: Subject(call) for peer, call in prepared.calls.items() if peer in ready}
     if case.read_floor is not None:
-        subjects |= reading(prepared.read)
+        subjects |= ceiling.reading(prepared.read)
     samples = measure(subjects, stopwatch_for(options.device_type), ROUNDS * options.budget)
     reads = median_of(samples.pop(READ, None))
     timings = {peer: summary(values) for peer, values in samples.items()}
